@@ -1,0 +1,188 @@
+"""Whether a resolved `Config` can train on a world of so many ranks, said before anything is started.
+
+    check_config(config, world_size=6)  with tensor 4  ->  ValueError:
+    world size: got 6; allowed: a multiple of tensor x pipeline = 4 x 1 = 4; start another number ...
+
+Each rule is a function of (config, world size) that returns a problem in one line, or None; all problems of a
+config are raised together, since a cluster's queue is a slow place to learn of them one by one.
+"""
+
+from collections.abc import Iterable
+
+from megatron_iml.config.layout import (
+    LAYOUT_RULES,
+    Rule,
+    data_parallel_size,
+    layers_per_chunk,
+    micro_batches_per_step,
+    problem,
+)
+from megatron_iml.config.ranges import RANGES, Range
+from megatron_iml.config.schema import Config
+
+
+def check_config(config: Config, world_size: int) -> None:
+    """Raise ValueError unless `config` can train on `world_size` ranks."""
+    check_layout(config, world_size)
+    _raise_if_any(rule(config, world_size) for rule in TRAINING_RULES)
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Raise ValueError unless the model of `config` fits on `world_size` ranks: all that evaluation needs."""
+    # In two steps, since the layout's divisions mean nothing while a size is 0.
+    _raise_if_any(_out_of_range(config, row) for row in RANGES)
+    _raise_if_any(rule(config, world_size) for rule in LAYOUT_RULES)
+
+
+def _raise_if_any(outcomes: Iterable[str | None]) -> None:
+    problems = [outcome for outcome in outcomes if outcome is not None]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _out_of_range(config: Config, row: Range) -> str | None:
+    section, _, name = row.key.partition(".")
+    value = vars(vars(config)[section])[name]
+    if value is None or row.holds(value):
+        return None
+    return problem(row.key, value, row.allowed, f"change {row.key}")
+
+
+def recompute_fits_chunk(config: Config, world_size: int) -> str | None:
+    """Full recompute groups the layers of one chunk; megatron-core indexes past its end otherwise."""
+    parallel, layers = config.parallel, layers_per_chunk(config)
+    count, method = parallel.recompute_num_layers, parallel.recompute_method
+    if parallel.recompute_granularity != "full":
+        return None
+    if layers % count == 0 if method == "uniform" else count <= layers:
+        return None
+    allowed = f"a divisor of {layers}" if method == "uniform" else f"at most {layers}"
+    return problem(
+        "parallel.recompute_num_layers",
+        f"{count} with recompute_method {method}",
+        f"{allowed}, the layers of one pipeline chunk",
+        "change parallel.recompute_num_layers",
+    )
+
+
+def overlapped_gather_has_what_it_needs(config: Config, world_size: int) -> str | None:
+    """Weights are gathered bucket by bucket from the shards that the distributed optimizer updated."""
+    parallel = config.parallel
+    if not parallel.overlap_param_gather or (
+        parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
+    ):
+        return None
+    return problem(
+        "parallel.overlap_param_gather",
+        f"true with use_distributed_optimizer {str(parallel.use_distributed_optimizer).lower()} and "
+        f"overlap_grad_reduce {str(parallel.overlap_grad_reduce).lower()}",
+        "true only if both of these are true",
+        "set both to true, or parallel.overlap_param_gather=false",
+    )
+
+
+def batch_is_whole_rows(config: Config, world_size: int) -> str | None:
+    """A step is the same number of rows on every data-parallel rank."""
+    positions, row = config.training.global_batch_positions, config.data.row_length
+    dp = data_parallel_size(config, world_size)
+    if positions % (row * dp) == 0:
+        return None
+    below = positions // (row * dp) * row * dp
+    remedy = f"set it to {below + row * dp}" + (f" or {below}" if below else "")
+    allowed = f"a multiple of data.row_length x data parallel = {row} x {dp} = {row * dp}"
+    return problem("training.global_batch_positions", positions, allowed, remedy)
+
+
+def interleaving_divides_micro_batches(config: Config, world_size: int) -> str | None:
+    """The interleaved schedule hands micro-batches on in groups of one per stage."""
+    if config.parallel.virtual_pipeline_model_parallel_size is None:
+        return None
+    pp, count = config.parallel.pipeline_model_parallel_size, micro_batches_per_step(config, world_size)
+    if count % pp == 0:
+        return None
+    unit = config.data.row_length * data_parallel_size(config, world_size) * pp
+    return problem(
+        "micro-batches per step of an interleaved pipeline",
+        count,
+        f"a multiple of parallel.pipeline_model_parallel_size {pp}",
+        f"make training.global_batch_positions a multiple of {unit}",
+    )
+
+
+def weights_have_one_start(config: Config, world_size: int) -> str | None:
+    """A run names its initial weights or says outright that it starts from random ones."""
+    weights, initialisation = config.checkpoint.initial_weights, config.model.initialisation
+    if (weights is None) != (initialisation is None):
+        return None
+    return problem(
+        "start of the weights",
+        f"checkpoint.initial_weights {weights or 'null'} and model.initialisation {initialisation or 'null'}",
+        "exactly one of the two",
+        "name a checkpoint in checkpoint.initial_weights, or set model.initialisation=random",
+    )
+
+
+def training_data_is_named(config: Config, world_size: int) -> str | None:
+    """Training reads a corpus through a plan."""
+    missing = [name for name in ("train_corpus", "train_plan") if vars(config.data)[name] is None]
+    if not missing:
+        return None
+    keys = " and ".join(f"data.{name}" for name in missing)
+    return problem(keys, "null", "a folder", "name what tools/preprocess wrote for the train split")
+
+
+def validation_data_is_complete(config: Config, world_size: int) -> str | None:
+    """A validation loss needs a corpus, plans over it, and neither alone."""
+    corpus, plans = config.data.validation_corpus, config.data.validation_plans
+    wanted = config.training.validation_interval > 0
+    if (corpus is None) == (not plans) and not (wanted and not plans):
+        return None
+    return problem(
+        "validation",
+        f"data.validation_corpus {corpus or 'null'}, {len(plans)} data.validation_plans, "
+        f"training.validation_interval {config.training.validation_interval}",
+        "a corpus with one plan or more, or neither of them and interval 0",
+        "name the missing one, or leave both out and set training.validation_interval=0",
+    )
+
+
+def warmup_fits_run(config: Config, world_size: int) -> str | None:
+    """The warm-up ends before the run does."""
+    warmup, steps = config.optimizer.warmup_steps, config.training.steps
+    if warmup <= steps:
+        return None
+    return problem(
+        "optimizer.warmup_steps", warmup, f"at most training.steps {steps}", "lower optimizer.warmup_steps"
+    )
+
+
+def learning_rate_decays(config: Config, world_size: int) -> str | None:
+    """The schedule goes down from the peak."""
+    peak, final = config.optimizer.learning_rate, config.optimizer.min_learning_rate
+    if final <= peak:
+        return None
+    allowed = f"at most optimizer.learning_rate {peak}"
+    return problem("optimizer.min_learning_rate", final, allowed, "lower optimizer.min_learning_rate")
+
+
+def loss_scale_has_room(config: Config, world_size: int) -> str | None:
+    """The fp16 loss scale starts at or above its floor."""
+    first, floor = config.optimizer.initial_loss_scale, config.optimizer.min_loss_scale
+    if config.training.precision != "fp16" or floor <= first:
+        return None
+    allowed = f"at least optimizer.min_loss_scale {floor}"
+    return problem("optimizer.initial_loss_scale", first, allowed, "raise optimizer.initial_loss_scale")
+
+
+TRAINING_RULES: tuple[Rule, ...] = (
+    recompute_fits_chunk,
+    overlapped_gather_has_what_it_needs,
+    batch_is_whole_rows,
+    interleaving_divides_micro_batches,
+    weights_have_one_start,
+    training_data_is_named,
+    validation_data_is_complete,
+    warmup_fits_run,
+    learning_rate_decays,
+    loss_scale_has_room,
+)
