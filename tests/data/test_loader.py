@@ -72,11 +72,11 @@ def test_empty_row_is_all_padding() -> None:
         ([piece([1, 2], 1, trunk=1, shared=1), piece([1, 2], 1)], "not before it"),
         ([piece([1, 2], 1, shared=1)], "without a trunk"),
         # Between trunk and branch lies a document that must not see the trunk.
-        ([piece([1, 2], 1), piece([3, 4], 1), piece([1, 5], 1, trunk=0, shared=1)], "depth-first"),
+        ([piece([1, 2], 1), piece([3, 4], 1), piece([1, 5], 1, trunk=0, shared=1)], "not depth first"),
         # The shorter prefix came first: its rows would see what only the longer one shares.
         (
             [piece([1, 2, 3], 1), piece([1, 9, 9], 1, 0, 1), piece([1, 2, 8], 1, 0, 2)],
-            "depth-first",
+            "not depth first",
         ),
     ],
 )
@@ -86,11 +86,8 @@ def test_impossible_rows_are_refused(pieces: list[Piece], message: str) -> None:
 
 
 def random_forest(rng: np.random.Generator, num_documents: int) -> list[Piece]:
-    """Documents over a tiny alphabet, hung on one another wherever they share a prefix, in depth-first order."""
-    documents = sorted(
-        (tuple(rng.integers(3, 5, size=rng.integers(2, 9)).tolist()) for _ in range(num_documents)),
-        reverse=True,
-    )
+    """Documents over a tiny alphabet, hung on one another wherever they share a prefix, depth first."""
+    documents = [tuple(rng.integers(3, 5, size=rng.integers(2, 9)).tolist()) for _ in range(num_documents)]
     pieces: list[Piece] = []
 
     def hang(group: list[tuple[int, ...]], trunk: int, shared: int) -> None:
@@ -103,7 +100,7 @@ def random_forest(rng: np.random.Generator, num_documents: int) -> list[Piece]:
             limit = min(len(first), len(other)) - 1
             while common[i] < limit and first[common[i]] == other[common[i]]:
                 common[i] += 1
-        # Longer shared prefixes first; what shares no more than this document's own prefix is left to the caller.
+        # Longer shared prefixes first; what shares no more than this document's prefix hangs on its trunk.
         for length in sorted({c for c in common if c > shared}, reverse=True):
             hang([other for other, c in zip(rest, common, strict=True) if c == length], index, length)
         left = [other for other, c in zip(rest, common, strict=True) if c <= shared]
@@ -115,7 +112,7 @@ def random_forest(rng: np.random.Generator, num_documents: int) -> list[Piece]:
 
 
 def check_against_definition(pieces: list[Piece], row: Row) -> None:
-    """Every document's slots read exactly its own prefix, at its own positions, and predict its own targets."""
+    """Every document reads exactly its own tokens, at its own positions, and predicts its own targets."""
     paths: list[list[int]] = []
     start = 0
     for p in pieces:
