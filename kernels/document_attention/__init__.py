@@ -1,0 +1,6 @@
+"""Attention inside packed documents: `document_attention` on the bounds of a row."""
+
+from .bounds import DocumentBounds
+from .reference import document_attention_reference
+
+__all__ = ["DocumentBounds", "document_attention_reference"]

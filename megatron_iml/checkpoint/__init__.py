@@ -1,0 +1,1 @@
+"""Native distributed checkpoints, and weights that come in from other formats."""

@@ -1,0 +1,1 @@
+"""OPT on megatron-core: embedding, layers with document attention, LM head on target rows."""

@@ -1,0 +1,48 @@
+"""Random weights that do not depend on the layout.
+
+Each tensor is drawn whole from a generator seeded with (seed, global name), then sliced: the same model under any
+tensor, pipeline and data parallel size. The recipe is metaseq's `--full-megatron-init`: N(0, std) everywhere, output
+projections N(0, std / sqrt(2 x layers)), biases 0, LayerNorm 1 and 0, rows that stand for padding 0.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_iml.config import ModelConfig
+from megatron_iml.parallel.groups import Layout
+
+from .opt import POSITION_OFFSET, OPTModel
+from .parameters import copy_full_tensor, global_shape, named_global_parameters
+
+PAD_ID = 1
+"""OPT's padding token; its embedding starts at zero."""
+
+
+def initialise(chunks: Sequence[OPTModel], model: ModelConfig, seed: int, layout: Layout) -> None:
+    """Fill every parameter of this rank's stage."""
+    for name, parameter in named_global_parameters(chunks):
+        full = initial_tensor(name, global_shape(parameter, layout.tensor_size), model, seed)
+        copy_full_tensor(parameter, full, layout.tensor_rank, layout.tensor_size)
+
+
+def initial_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
+    """The whole initial tensor of one parameter, fp32 on the CPU."""
+    if "layernorm" in name:
+        return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    assert model.num_layers is not None, "the model section is not resolved"
+    is_output = "linear_proj" in name or "linear_fc2" in name
+    std = model.init_method_std / math.sqrt(2 * model.num_layers) if is_output else model.init_method_std
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    tensor = torch.empty(shape).normal_(0.0, std, generator=generator)
+    if name == "embedding.word_embeddings.weight":
+        tensor[PAD_ID] = 0.0
+    if name == "embedding.position_embeddings.weight":
+        tensor[:POSITION_OFFSET] = 0.0
+    return tensor

@@ -1,0 +1,64 @@
+"""What the model sees of one packed row, on a device.
+
+    MicroBatch   a `data.loader.Row` as tensors: tokens and targets only where a stage needs them
+    RowContext   what every layer needs: who sees whom, and which masks to draw
+
+T slots of the row, M targets.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_iml.data.loader import Row, RowLayout
+from megatron_iml.kernels.document_attention import DocumentBounds
+
+from .cache import KeyValueCache
+
+
+@dataclass(frozen=True)
+class RowContext:
+    """Passed unchanged through every layer of every stage."""
+
+    row: int
+    """Index of the row in the plan: part of every dropout key."""
+    bounds: DocumentBounds
+    cache: KeyValueCache | None = None
+    """Where the layers leave keys and values when the row is prompts to be continued."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One packed row. Index tensors are int64, `tokens_T` and the targets are None on stages without them."""
+
+    context: RowContext
+    positions_T: Tensor
+    tokens_T: Tensor | None
+    target_rows_M: Tensor | None
+    target_ids_M: Tensor | None
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of this row; only the last stage knows them."""
+        assert self.target_rows_M is not None, "a stage without targets was asked for their number"
+        return self.target_rows_M.numel()
+
+
+def _index(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
+
+
+def to_device(source: Row | RowLayout, device: torch.device) -> MicroBatch:
+    """Move a row, or only its layout on a middle stage, to the device."""
+    layout = source.layout if isinstance(source, Row) else source
+    row = source if isinstance(source, Row) else None
+    end_T = torch.from_numpy(np.ascontiguousarray(layout.end_T, dtype=np.int32)).to(device, non_blocking=True)
+    return MicroBatch(
+        context=RowContext(row=layout.index, bounds=DocumentBounds.from_end(end_T)),
+        positions_T=_index(layout.positions_T, device),
+        tokens_T=_index(row.tokens_T, device) if row else None,
+        target_rows_M=_index(row.target_rows_M, device) if row else None,
+        target_ids_M=_index(row.target_ids_M, device) if row else None,
+    )

@@ -1,0 +1,1 @@
+"""Process groups, rows dealt to ranks, and the CPU as a real device of megatron-core."""

@@ -1,0 +1,119 @@
+"""Lets megatron-core run on the CPU, over gloo, when there is no CUDA.
+
+megatron-core asks for `device="cuda"`, calls `.cuda()`, compares `tensor.type()` with "torch.cuda.FloatTensor"
+and keeps CUDA generator states. `install_cpu_adapter` answers each of these with the CPU, so that every
+tensor, sequence, pipeline and data parallel layout can be proven on a machine without a GPU:
+
+    install_cpu_adapter()                       # before the first process group; does nothing if CUDA is there
+    torch.zeros(2, device="cuda").device        # cpu
+
+It is a patch, and the only one beside the weight-gradient hook. It costs some overhead per operation and
+lives in one thread: a spawned process must install its own.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+def _as_cpu(device: Any) -> Any:
+    """Map a CUDA device in any spelling to the CPU; leave everything else alone."""
+    if isinstance(device, str) and device.startswith("cuda"):
+        return "cpu"
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return torch.device("cpu")
+    return device
+
+
+class _CudaAnswersAsCpu(TorchFunctionMode):
+    """Rewrites the three ways in which megatron-core names a GPU."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one torch function with CUDA devices replaced."""
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": _as_cpu(kwargs["device"])}
+        if any(isinstance(arg, str | torch.device) for arg in args):
+            args = tuple(_as_cpu(arg) for arg in args)
+        return func(*args, **kwargs)
+
+
+class _CpuGenerators:
+    """Stands for `torch.cuda.default_generators`: every index is the CPU's generator."""
+
+    def __getitem__(self, index: Any) -> torch.Generator:
+        return torch.default_generator
+
+
+class _CpuStream:
+    """Stands for a CUDA stream: work on the CPU is already in order."""
+
+    def wait_stream(self, stream: "_CpuStream") -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+@contextmanager
+def _no_stream(stream: Any) -> Any:
+    """Stands for `torch.cuda.stream`."""
+    yield
+
+
+def install_cpu_adapter() -> None:
+    """Make the CPU answer for CUDA in this thread; without effect where CUDA is available or already answered."""
+    if torch.cuda.is_available() or torch.cuda.current_device is _current_device:
+        return
+    torch.cuda.current_device = _current_device
+    torch.cuda.synchronize = _nothing
+    torch.cuda.empty_cache = _nothing
+    torch.cuda.current_stream = torch.cuda.default_stream = _stream
+    torch.cuda.Stream = _stream
+    torch.cuda.stream = _no_stream
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = _get_rng_state
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.default_generators = _CpuGenerators()
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = _nothing
+    _patch_lazy_call()
+    # "CPU RNG state changed within GPU RNG context": here they are one generator, by design.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    _CudaAnswersAsCpu().__enter__()
+
+
+def _patch_lazy_call() -> None:
+    """CUDA queues generator updates until its first use, which never comes here: run them at once."""
+    torch.cuda._lazy_call = _call_now
+    from megatron.core.tensor_parallel import random
+
+    random._lazy_call = _call_now
+
+
+def _current_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _stream(*args: Any, **kwargs: Any) -> _CpuStream:
+    return _CpuStream()
+
+
+def _get_rng_state(device: Any = None) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _call_now(callback: Callable[[], None], **kwargs: Any) -> None:
+    callback()
