@@ -13,7 +13,7 @@ from megatron_iml.data.loader import Piece, assemble_row
 from megatron_iml.model.build import build_model
 from megatron_iml.model.parameters import named_global_parameters
 from megatron_iml.model.row import to_device
-from tests.helpers import single_rank, tiny_config
+from helpers import single_rank, tiny_config
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,0 +1,48 @@
+"""Greedy decoding with the cache equals reading the whole text again for every token."""
+
+import numpy as np
+import torch
+
+from megatron_iml.data.loader import Piece, assemble_row
+from megatron_iml.model.build import build_model
+from megatron_iml.model.inference import InferenceModel
+from megatron_iml.model.initialise import initialise
+from helpers import single_rank, tiny_config
+
+
+def losses_of_all_tokens(model: InferenceModel, tokens: np.ndarray) -> np.ndarray:
+    return model.target_losses(assemble_row([Piece(tokens, 0)], len(tokens) - 1, index=0))
+
+
+def test_cached_decoding_equals_reading_everything_again():
+    config = tiny_config(init_method_std=0.2)
+    prompts = [np.array([5, 9, 11]), np.array([7]), np.array([40, 41, 42, 43, 44, 45])]
+    with single_rank(config) as layout, torch.no_grad():
+        chunks = build_model(config, layout)
+        initialise(chunks, config.model, 1, layout)
+        model = InferenceModel(chunks[0], layout, vocab_entries=90, max_positions=64)
+        cache, tokens = model.prefill(prompts, max_new_tokens=4)
+        generated = [tokens]
+        for _ in range(2):
+            generated.append(model.decode(cache, generated[-1]))
+        cache.keep(torch.tensor([0, 2]))
+        generated.append(model.decode(cache, generated[-1][[0, 2]]))
+        # The token that decoding chose has the smallest loss of all continuations of the same text.
+        sequences = [np.concatenate([p, [g[i] for g in generated[:3]]]) for i, p in enumerate(prompts)]
+        for i, sequence in enumerate(sequences):
+            for step in range(3):
+                length = len(prompts[i]) + step
+                losses = [losses_of_all_tokens(model, np.append(sequence[:length], t))[-1] for t in range(90)]
+                assert int(np.argmin(losses)) == sequence[length], f"prompt {i}, step {step}"
+        last = np.argmin([losses_of_all_tokens(model, np.append(sequences[2], t))[-1] for t in range(90)])
+        assert generated[3][1] == last
+
+
+def test_losses_of_one_text_are_a_distribution():
+    config = tiny_config(init_method_std=0.2)
+    with single_rank(config) as layout:
+        chunks = build_model(config, layout)
+        initialise(chunks, config.model, 1, layout)
+        model = InferenceModel(chunks[0], layout, vocab_entries=96, max_positions=64)
+        losses = [losses_of_all_tokens(model, np.array([5, 9, t]))[-1] for t in range(96)]
+    assert abs(np.exp(-np.array(losses, dtype=np.float64)).sum() - 1.0) < 1e-5
