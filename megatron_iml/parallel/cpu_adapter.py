@@ -79,7 +79,6 @@ def install_cpu_adapter() -> None:
     torch.cuda.synchronize = _nothing
     torch.cuda.empty_cache = _nothing
     torch.cuda.current_stream = torch.cuda.default_stream = _stream
-    torch.cuda.Stream = _stream
     torch.cuda.stream = _no_stream
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = _get_rng_state
     torch.cuda.manual_seed = torch.manual_seed
