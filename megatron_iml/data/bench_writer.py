@@ -1,0 +1,221 @@
+"""Writes a bench: every task in one form, split, counted and checksummed.
+
+What enters: the tasks of all sources, their ledger and the splits. What leaves: a bench folder
+(`data/bench.py`), whole or not at all: it is written beside its place and renamed at the end.
+
+    Task "t" of 1,000 examples, 20 validation, 50 test
+    ->  train/B__C__t.jsonl 930 rows, validation/... 20, test/... 50; ledger: read 1000 = written 1000
+
+Each task is written once to a spool file while its hashes are taken, then its lines are dealt to the
+splits: memory grows by 16 bytes an example, the sources are parsed once.
+"""
+
+import hashlib
+import os
+import shutil
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from megatron_iml.data.bench import (
+    FORMAT_VERSION,
+    LEDGER,
+    MANIFEST,
+    Bench,
+    BenchFile,
+    file_stem,
+    manifest_bytes,
+)
+from megatron_iml.data.example import Example, Task
+from megatron_iml.data.ledger import Drops, TaskCounts
+from megatron_iml.data.prompts import clean_target, with_delimiter
+from megatron_iml.data.splits import (
+    DROP_REASONS,
+    SPLITS,
+    Splits,
+    assign,
+    check_names,
+    instance_hash,
+    level_of,
+    source_hash,
+)
+
+
+def build_bench(
+    tasks: Sequence[Task],
+    drops: Drops,
+    splits: Splits,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    on_task: Callable[[Task], None] = lambda task: None,
+) -> Bench:
+    """Write all tasks to a new bench.
+
+    Args:
+        tasks: in the order of the manifest.
+        drops: the ledger the tasks' readers count in.
+        splits: what is held out.
+        output: the bench folder; must be absent or empty unless `overwrite`.
+        overwrite: replace a bench; anything else in its place is still refused.
+        on_task: called after each task.
+
+    Raises:
+        ValueError: no tasks, unknown held-out names, two tasks of one file name, `output` is taken.
+    """
+    if not tasks:
+        skipped = ", ".join(list(drops.skipped_files)[:3]) or "none"
+        raise ValueError(
+            f"the sources hold no task; skipped files: {skipped}; check the folders of the config"
+        )
+    check_names(splits, tasks)
+    stems = _unique_stems(tasks)
+    _check_output(output, overwrite)
+    with _staging(output) as staging:
+        for split in SPLITS:
+            (staging / split).mkdir()
+        entries: list[BenchFile] = []
+        for task, stem in zip(tasks, stems, strict=True):
+            counts = drops.task(task.benchmark, task.name)
+            entries += _write_task(task, stem, splits, counts, staging)
+            counts.check_closes(stem)
+            on_task(task)
+        accounts = {
+            stem: drops.task(task.benchmark, task.name).as_json()
+            for task, stem in zip(tasks, stems, strict=True)
+        }
+        ledger = {"format_version": FORMAT_VERSION, "tasks": accounts, "skipped_files": drops.skipped_files}
+        (staging / LEDGER).write_bytes(orjson.dumps(ledger, option=orjson.OPT_INDENT_2) + b"\n")
+        (staging / MANIFEST).write_bytes(manifest_bytes(splits.seed, asdict(splits), entries))
+        _put_in_place(staging, output)
+    return Bench.open(output)
+
+
+def render_row(example: Example, seed: int, counts: TaskCounts) -> dict[str, Any] | None:
+    """The bench row of an example; None, with the reason in `counts`, where it has no usable target."""
+    targets = _distinct(example.targets, counts, "reference")
+    candidates = _distinct(example.candidates, counts, "candidate")
+    if not targets:
+        counts.drop("blank target")
+        return None
+    if candidates and targets[0] not in candidates:
+        counts.drop("target is not among the candidates")
+        return None
+    row: dict[str, Any] = {
+        "id": example.id,
+        "src": with_delimiter(example.source, seed, example.task, example.id),
+        "tgt": targets[0],
+    }
+    if len(targets) > 1:
+        row["references"] = targets
+    if candidates:
+        row["candidates"] = candidates
+    return row
+
+
+def _distinct(texts: Sequence[str], counts: TaskCounts, kind: str) -> list[str]:
+    """Cleaned texts without blank and repeated ones, in their order."""
+    present = [text for text in map(clean_target, texts) if text]
+    distinct = list(dict.fromkeys(present))
+    if len(texts) > 1 and len(present) < len(texts):
+        counts.repaired[f"blank {kind} removed"] += len(texts) - len(present)
+    if len(distinct) < len(present):
+        counts.repaired[f"repeated {kind} removed"] += len(present) - len(distinct)
+    return distinct
+
+
+def _write_task(task: Task, stem: str, splits: Splits, counts: TaskCounts, staging: Path) -> list[BenchFile]:
+    spool = staging / "spool.jsonl"
+    instances, sources = array("Q"), array("Q")
+    with spool.open("wb") as file:
+        for example in task.examples():
+            row = render_row(example, splits.seed, counts)
+            if row is not None:
+                instances.append(instance_hash(splits.seed, example.task, example.id))
+                sources.append(source_hash(example.source))
+                file.write(orjson.dumps(row) + b"\n")
+    level = level_of(splits, task)
+    split_N = assign(splits, level, np.array(instances, np.uint64), np.array(sources, np.uint64))
+    for code, reason in DROP_REASONS.items():
+        if dropped := int(np.count_nonzero(split_N == code)):
+            counts.drop(reason, dropped)
+    written = _deal(spool, split_N, staging, stem)
+    spool.unlink()
+    entries = []
+    for split, (examples, sha256) in zip(SPLITS, written, strict=True):
+        if examples:
+            counts.written[split] = examples
+            file_name = f"{split}/{stem}.jsonl"
+            names = (task.name, task.benchmark, task.category)
+            entries.append(BenchFile(*names, level, split, examples, task.metric, sha256, file_name))
+    return entries
+
+
+def _deal(spool: Path, split_N: np.ndarray, staging: Path, stem: str) -> list[tuple[int, str]]:
+    """Copy the lines of `spool` to the files of their splits; rows and SHA-256 of each."""
+    digests = [hashlib.sha256() for _ in SPLITS]
+    paths = [staging / split / f"{stem}.jsonl" for split in SPLITS]
+    with ExitStack() as stack:
+        lines = stack.enter_context(spool.open("rb"))
+        files = [stack.enter_context(path.open("wb")) for path in paths]
+        for line, split in zip(lines, split_N.tolist(), strict=True):
+            if split >= 0:
+                files[split].write(line)
+                digests[split].update(line)
+    examples = [int(np.count_nonzero(split_N == index)) for index in range(len(SPLITS))]
+    for path, count in zip(paths, examples, strict=True):
+        if not count:
+            path.unlink()
+    return [(count, digest.hexdigest()) for count, digest in zip(examples, digests, strict=True)]
+
+
+def _unique_stems(tasks: Sequence[Task]) -> list[str]:
+    owners: dict[str, Task] = {}
+    for task in tasks:
+        stem = file_stem(task.benchmark, task.category, task.name)
+        if (other := owners.setdefault(stem, task)) is not task:
+            raise ValueError(
+                f"two tasks would be written to {stem}.jsonl: {other.name!r} and {task.name!r}; "
+                "a source is listed twice, or one of the files needs another name"
+            )
+    return list(owners)
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / MANIFEST).is_file() or not (output / LEDGER).is_file():
+        raise ValueError(
+            f"{output} holds something that is not a bench and is never replaced; give another --output"
+        )
+    if not overwrite:
+        raise ValueError(
+            f"{output} holds a bench already; give another --output, or --overwrite to replace it"
+        )
+
+
+@contextmanager
+def _staging(output: Path) -> Iterator[Path]:
+    """A folder beside `output`, so that a rename puts it in place; removed if the build fails."""
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = output.parent / f".{output.name}.{os.getpid()}.partial"
+    staging.mkdir()
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _put_in_place(staging: Path, output: Path) -> None:
+    replaced = staging.with_suffix(".replaced")
+    if output.exists():
+        output.rename(replaced)
+    staging.rename(output)
+    shutil.rmtree(replaced, ignore_errors=True)

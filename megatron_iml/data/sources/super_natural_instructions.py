@@ -1,0 +1,103 @@
+"""Super-NaturalInstructions: one JSON file for each task, in every schema it is found in.
+
+What enters: `<folder>/tasks/*.json` (or `<folder>/*.json`). What leaves: one `Task` per file, named by
+the file's stem, because the numbers in the names are not unique.
+
+    {"Definition": ["Name the capital."], "Categories": ["Misc."],
+     "Instances": [{"id": "task1146-1", "input": "Togo", "output": ["Lome"]}]}
+    ->  source "Instructions: Name the capital.\\nInput: Togo", targets ("Lome",)
+
+Schemas: the final one (v2); the pre-release of 2021 (`Definition` a string, nested or several
+`Categories`, no ids); derived data sets (`output` a string, keys absent); v1's `subtaskNNN` files (no
+`Categories`, an `Examples` object). Nested categories "A -> B" count as B, the first one where there are
+several, "Uncategorised" where there is none.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_iml.data.example import Example, Task
+from megatron_iml.data.ledger import Drops, TaskCounts
+from megatron_iml.data.text_files import as_texts, json_object, source_files
+
+BENCHMARK = "NIV2"
+
+
+def read(folder: Path, drops: Drops, *, positive_examples: int = 0) -> Iterator[Task]:
+    """Tasks of a Super-NaturalInstructions folder.
+
+    Args:
+        folder: the repository or its `tasks` folder.
+        drops: where instances are counted.
+        positive_examples: demonstrations that follow a task's definition, separated by blank lines.
+
+    Raises:
+        ValueError: a file is not a task; nothing matches.
+    """
+    tasks_folder = folder / "tasks" if (folder / "tasks").is_dir() else folder
+    for path in source_files(tasks_folder, "*.json", drops):
+        content = json_object(path)
+        if not isinstance(content.get("Instances"), list):
+            raise ValueError(
+                f"{path}: no list `Instances`, so not a Super-NaturalInstructions task; remove the file"
+            )
+        category = _category(content)
+        yield Task(
+            name=path.stem,
+            benchmark=BENCHMARK,
+            category=category,
+            metric="rouge_l",
+            examples=partial(_examples, path, category, drops.task(BENCHMARK, path.stem), positive_examples),
+        )
+
+
+def _examples(path: Path, category: str, counts: TaskCounts, positive_examples: int) -> Iterator[Example]:
+    content = json_object(path)
+    instructions = "Instructions: " + _definition(path, content)
+    demonstrations = _demonstrations(content, positive_examples)
+    for index, instance in enumerate(content["Instances"]):
+        counts.read += 1
+        if not isinstance(instance, dict) or "output" not in instance:
+            counts.drop("no output")
+            continue
+        inputs = as_texts(instance.get("input", ""), counts)
+        targets = as_texts(instance["output"], counts)
+        if inputs is None or targets is None:
+            counts.drop("input or output is not text")
+            continue
+        text = "\n".join(inputs).strip()
+        if demonstrations:
+            source = "\n\n".join([instructions, *demonstrations, f"Input: {text}"])
+        else:
+            source = f"{instructions}\nInput: {text}" if text else instructions
+        yield Example(
+            id=str(instance.get("id", f"{path.stem}-{index}")),
+            task=path.stem,
+            benchmark=BENCHMARK,
+            category=category,
+            source=source,
+            targets=targets,
+        )
+
+
+def _category(content: dict[str, Any]) -> str:
+    categories = content.get("Categories") or "Uncategorised"
+    first = categories[0] if isinstance(categories, list) else categories
+    return str(first).split("->")[-1].strip()
+
+
+def _definition(path: Path, content: dict[str, Any]) -> str:
+    definition = content.get("Definition") or content.get("Prompt")
+    if isinstance(definition, list):
+        definition = "\n".join(str(part) for part in definition)
+    if not isinstance(definition, str) or not definition.strip():
+        raise ValueError(f"{path}: no `Definition` (a text or a list of texts); add one or remove the file")
+    return definition.strip()
+
+
+def _demonstrations(content: dict[str, Any], count: int) -> list[str]:
+    # v1 nests both lists of demonstrations in one object.
+    positive = content.get("Positive Examples") or content.get("Examples", {}).get("Positive Examples", [])
+    return [f"Input: {shown['input']}\nOutput: {shown['output']}" for shown in positive[:count]]

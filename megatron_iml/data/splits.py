@@ -1,0 +1,167 @@
+"""Who may be trained on: the three levels of generalisation of OPT-IML.
+
+What enters: a splits file and, per task, one hash for each example. What leaves: the level of a task and
+the split of each of its rows.
+
+    held_out_categories: [Cause Effect Classification]   # all their tasks: fully_held_out
+    held_out_tasks: [task002_quoref_answer_generation]   # category stays in training: partially_supervised
+    validation_examples_per_task: 20                     # every other task is fully_supervised and
+    test_examples_per_task: 50                           # gives these many instances to evaluation
+    max_examples_per_task: 100000
+    seed: 1
+
+A task of 1,000 examples under this file: 20 validation, 50 test, 930 train; held out: 20, 50 and 930
+dropped. A task of 100 examples gives at most a fifth to evaluation, in the proportion 20 : 50: 5
+validation, 14 test, 81 train. Choice is by hash of seed, task and example id: it changes neither with the
+order of a file nor with its other rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from megatron_iml.data.example import Task
+from megatron_iml.data.text_files import yaml_mapping
+
+Level = Literal["fully_held_out", "partially_supervised", "fully_supervised"]
+Split = Literal["train", "validation", "test"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+# Codes of `assign` beside the indices of SPLITS, with the reason the ledger gives for them.
+DROP_REASONS = {
+    -1: "above max_examples_per_task",
+    -2: "held-out task, beyond the evaluation counts",
+    -3: "same source as a held-out instance",
+}
+# Evaluation takes at most this share of a task that is trained on: a small task stays a training task.
+LARGEST_HELD_OUT_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A splits file. Names are those of the tasks and categories themselves, not of files."""
+
+    held_out_categories: tuple[str, ...] = ()
+    held_out_tasks: tuple[str, ...] = ()
+    """A name holds out the task of that name in every benchmark that has one."""
+    validation_examples_per_task: int = 100
+    test_examples_per_task: int = 100
+    max_examples_per_task: int = 100_000
+    """The paper's M: a random choice of this many examples of a task is used."""
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("validation_examples_per_task", "test_examples_per_task"):
+            if asdict(self)[name] < 0:
+                raise ValueError(f"splits: {name} is {asdict(self)[name]}; give 0 or more")
+        if self.max_examples_per_task < 1:
+            raise ValueError(f"splits: max_examples_per_task is {self.max_examples_per_task}; give 1 or more")
+
+
+def load_splits(path: Path) -> Splits:
+    """Read a splits file; unknown keys and wrong types are a `ValueError`."""
+    content = yaml_mapping(path)
+    return Splits(**{key: _checked(path, key, value) for key, value in content.items()})
+
+
+def _checked(path: Path, key: str, value: object) -> Any:
+    defaults = asdict(Splits())
+    if key not in defaults:
+        raise ValueError(
+            f"{path}: unknown key {key!r}; {_near(key, [field.name for field in fields(Splits)])}"
+        )
+    if isinstance(defaults[key], int):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{path}: {key} is {value!r}; give a whole number")
+        return value
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{path}: {key} is {value!r}; give a list of names")
+    return tuple(value)
+
+
+def check_names(splits: Splits, tasks: Sequence[Task]) -> None:
+    """Every held-out name must exist, and a held-out task must leave its category a task to train on."""
+    categories = {task.category for task in tasks}
+    names = {task.name for task in tasks}
+    for wanted, known, kind in (
+        (splits.held_out_categories, categories, "category"),
+        (splits.held_out_tasks, names, "task"),
+    ):
+        for name in wanted:
+            if name not in known:
+                raise ValueError(f"splits: no {kind} {name!r} in the sources; {_near(name, sorted(known))}")
+    trained = {task.category for task in tasks if level_of(splits, task) == "fully_supervised"}
+    for task in tasks:
+        if level_of(splits, task) == "partially_supervised" and task.category not in trained:
+            raise ValueError(
+                f"splits: all tasks of category {task.category!r} are held out, so {task.name!r} is not "
+                "partially supervised; hold the category out instead, or leave it a task to train on"
+            )
+
+
+def level_of(splits: Splits, task: Task) -> Level:
+    """The level of generalisation at which a task is evaluated."""
+    if task.category in splits.held_out_categories:
+        return "fully_held_out"
+    if task.name in splits.held_out_tasks:
+        return "partially_supervised"
+    return "fully_supervised"
+
+
+def instance_hash(seed: int, task: str, example_id: str) -> int:
+    """64 bits of a hash of an instance: the instances of a task in the order of it are in random order."""
+    digest = blake2b(f"{seed}\0{task}\0{example_id}".encode(), digest_size=8, person=b"instance").digest()
+    return int.from_bytes(digest, "little")
+
+
+def source_hash(source: str) -> int:
+    """64 bits of a hash of an instance's source, to find equal ones."""
+    return int.from_bytes(blake2b(source.encode(), digest_size=8).digest(), "little")
+
+
+def assign(splits: Splits, level: Level, instances_N: np.ndarray, sources_N: np.ndarray) -> np.ndarray:
+    """Split of each of a task's N rows.
+
+    Args:
+        splits: the splits file.
+        level: `level_of` the task.
+        instances_N: uint64, `instance_hash` of each row.
+        sources_N: uint64, `source_hash` of each row; a training row that equals a held-out one is dropped.
+
+    Returns:
+        int8 [N]: an index into `SPLITS`, or a key of `DROP_REASONS`.
+    """
+    order_N = np.argsort(instances_N, kind="stable")[: splits.max_examples_per_task]
+    validation, test = _held_out_counts(splits, level, len(order_N))
+    split_N = np.full(len(instances_N), -1, np.int8)
+    split_N[order_N] = SPLITS.index("train") if level == "fully_supervised" else -2
+    split_N[order_N[:validation]] = SPLITS.index("validation")
+    split_N[order_N[validation : validation + test]] = SPLITS.index("test")
+    held_out = np.isin(split_N, (SPLITS.index("validation"), SPLITS.index("test")))
+    leaks = (split_N == SPLITS.index("train")) & np.isin(sources_N, sources_N[held_out])
+    split_N[leaks] = -3
+    return split_N
+
+
+def _held_out_counts(splits: Splits, level: Level, examples: int) -> tuple[int, int]:
+    """Validation and test instances of a task, scaled down together where the task is too small for both."""
+    validation, test = splits.validation_examples_per_task, splits.test_examples_per_task
+    room = examples if level != "fully_supervised" else int(examples * LARGEST_HELD_OUT_SHARE)
+    if validation + test <= room:
+        return validation, test
+    scaled = room * validation // (validation + test)
+    return scaled, room - scaled
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    """`did you mean ...` with the nearest known names, or the first few of them."""
+    matches = get_close_matches(name, known, n=3, cutoff=0.5)
+    if matches:
+        return "did you mean " + " or ".join(repr(match) for match in matches) + "?"
+    return "known are " + ", ".join(known[:5]) + (" ..." if len(known) > 5 else "")

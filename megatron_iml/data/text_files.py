@@ -1,0 +1,123 @@
+"""Reads the text files of benchmarks as they are found in the wild.
+
+What enters: UTF-8 files with all their dirt. What leaves: lines or JSON objects, each with its line
+number, or a `ValueError` that says file, line, what is wrong and what to do.
+
+    b'\\xef\\xbb\\xbf{"a": 1}\\n\\n{"a": 2}\\n'  ->  (1, {"a": 1}), (3, {"a": 2})
+
+Lines end at "\\n" only: U+2028 and the other separators of `str.splitlines` occur inside real questions
+(twice in line 2382 of GSM8K). A byte order mark counts at the start of a file and stays anywhere else;
+control characters stay.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import yaml
+
+from megatron_iml.data.ledger import Drops, TaskCounts
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def source_files(folder: Path, pattern: str, drops: Drops) -> list[Path]:
+    """Files of `folder` matching the glob `pattern`, sorted; empty ones are recorded and left out."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no source folder {folder}; give the folder that holds {pattern}")
+    matches = sorted(path for path in folder.glob(pattern) if path.is_file())
+    if not matches:
+        raise ValueError(f"no file matches {pattern} in {folder}; the reader or the folder is the wrong one")
+    for path in matches:
+        if path.stat().st_size == 0:
+            drops.skip_file(path.relative_to(folder).as_posix(), "empty file")
+    return [path for path in matches if path.stat().st_size > 0]
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a UTF-8 file without their end, numbered from 1."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            line = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
+            try:
+                yield number, line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(_not_utf8(f"{path}:{number}", error)) from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Objects of a JSON Lines file, numbered by line from 1; blank lines are passed over."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            line = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
+            if not line.isspace():
+                yield number, _parse_object(line, f"{path}:{number}")
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The one JSON object of a file."""
+    return _parse_object(path.read_bytes().removeprefix(BYTE_ORDER_MARK), str(path))
+
+
+def yaml_mapping(path: Path) -> dict[str, Any]:
+    """Keys and values of a YAML file; an empty file has none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        content = yaml.safe_load(path.read_bytes()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got a YAML {type(content).__name__}, expected keys and values")
+    return content
+
+
+def as_text(value: object, counts: TaskCounts) -> str | None:
+    """A JSON value as text; numbers and booleans are converted and counted, None for anything else."""
+    if isinstance(value, str):
+        return value
+    # NaN is how data frames write a missing value.
+    if isinstance(value, (bool, int, float)) and value == value:
+        counts.repaired[f"{type(value).__name__} turned into text"] += 1
+        return str(value)
+    return None
+
+
+def as_texts(value: object, counts: TaskCounts) -> tuple[str, ...] | None:
+    """A JSON value or a list of them as texts; None if any part is neither text, number nor boolean."""
+    texts = [as_text(item, counts) for item in value] if isinstance(value, list) else [as_text(value, counts)]
+    present = tuple(text for text in texts if text is not None)
+    return present if len(present) == len(texts) else None
+
+
+def _parse_object(raw: bytes, place: str) -> dict[str, Any]:
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        value = _parse_python_json(raw, place)
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{place}: got a JSON {type(value).__name__}, expected an object {{...}}; fix or remove it"
+        )
+    return value
+
+
+def _parse_python_json(raw: bytes, place: str) -> Any:
+    """Python's own JSON also knows NaN, which official files hold (`"URL": [NaN]` in task603 of Super-NI)."""
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(place, error)) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{place}: not valid JSON ({error}); expected an object {{...}}; fix or remove it"
+        ) from error
+
+
+def _not_utf8(place: str, error: UnicodeDecodeError) -> str:
+    return (
+        f"{place}: not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start}); "
+        "re-encode the file, e.g. iconv -f LATIN1 -t UTF-8"
+    )

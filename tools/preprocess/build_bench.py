@@ -1,0 +1,99 @@
+"""Read benchmark folders and write them as one bench with splits, manifest and ledger.
+
+Example: python tools/preprocess/build_bench.py --config examples/demo/bench.yaml --output bench
+"""
+
+import argparse
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_iml.data.bench import Bench
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line; nothing heavy is imported before it is parsed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML with sources and splits")
+    parser.add_argument("--output", type=Path, required=True, help="bench folder to write")
+    parser.add_argument(
+        "--source-root", type=Path, help="where relative source folders lie (default: beside the config)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the bench in --output")
+    return parser.parse_args()
+
+
+def build(arguments: argparse.Namespace) -> "Bench":
+    """Write the bench behind a progress bar."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from megatron_iml.data.bench_config import load_bench_config
+    from megatron_iml.data.bench_writer import build_bench
+    from megatron_iml.data.ledger import Drops
+
+    config = load_bench_config(arguments.config, arguments.source_root)
+    drops = Drops()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("Listing tasks", total=None)
+        tasks = config.tasks(drops)
+        progress.update(bar, description="Writing tasks", total=len(tasks))
+        return build_bench(
+            tasks,
+            drops,
+            config.splits,
+            arguments.output,
+            overwrite=arguments.overwrite,
+            on_task=lambda _: progress.advance(bar),
+        )
+
+
+def print_summary(bench: "Bench") -> None:
+    """Tasks and examples by level and split, then what was dropped and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("level", "split", "tasks", "categories", "examples", title=f"{bench.folder}")
+    groups = defaultdict(list)
+    for entry in bench.entries:
+        groups[entry.level, entry.split].append(entry)
+    for (level, split), entries in sorted(groups.items()):
+        categories = len({entry.category for entry in entries})
+        examples = sum(entry.examples for entry in entries)
+        table.add_row(level, split, f"{len(entries)}", f"{categories}", f"{examples:,}")
+    console.print(table)
+
+    ledger = bench.ledger()
+    dropped: Counter[str] = Counter()
+    for counts in ledger["tasks"].values():
+        dropped.update(counts["dropped"])
+    read = sum(counts["read"] for counts in ledger["tasks"].values())
+    console.print(f"read {read:,} instances of {len(ledger['tasks'])} tasks; dropped {dropped.total():,}")
+    for reason, count in dropped.most_common():
+        console.print(f"  {count:,} {reason}")
+    for name, reason in ledger["skipped_files"].items():
+        console.print(f"skipped {name}: {reason}", markup=False)
+    for name, counts in ledger["tasks"].items():
+        if not counts["written"]:
+            console.print(f"no examples left of {name}", markup=False)
+
+
+def main() -> int:
+    """Exit code 2 and one line for the user's mistakes."""
+    arguments = parse_arguments()
+    try:
+        bench = build(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_summary(bench)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
