@@ -1,0 +1,5 @@
+"""The three-level evaluation: rank classification, generation, metrics, averages, the report.
+
+What enters: a bench folder (`data/bench.py`) and a model behind `language_model.LanguageModel`. What leaves:
+`tasks/<file>.json` per task, `report.json`, `report.md` and plots. Nothing here imports torch.
+"""

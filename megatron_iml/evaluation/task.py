@@ -1,0 +1,124 @@
+"""One task: from its questions to example scores and the task's score.
+
+What enters: the rows of a bench file. What leaves: a `TaskResult`. The task's metric decides how:
+accuracy ranks the candidates, exact match and Rouge-L generate an answer and compare it with the
+references.
+
+    {"id": "7", "src": "2 > 1?\\nA:", "tgt": "Yes", "candidates": ["No", "Yes"]}, accuracy, scores -3.1
+    and -0.7 -> ExampleScore("7", score=1.0, answer="Yes", references=("Yes",), candidate_scores=(-3.1,
+    -0.7), ...)
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_iml.data.example import Metric
+from megatron_iml.data.tokenizer import Tokenizer
+from megatron_iml.evaluation.conditions import Conditions
+from megatron_iml.evaluation.generation import generate
+from megatron_iml.evaluation.language_model import LanguageModel
+from megatron_iml.evaluation.metrics import accuracy, exact_match, rouge_l
+from megatron_iml.evaluation.prompts import prompt_rules
+from megatron_iml.evaluation.question import Question
+from megatron_iml.evaluation.ranking import rank
+
+Track = Callable[[Sequence[Any]], Iterable[Any]]
+"""Passes rows or batches of work through, e.g. drawing a progress bar."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleScore:
+    """One example's answer and score; `candidate_scores` is empty for generated answers.
+
+    `cut_tokens` is what the prompt lost on the left; `finished` is False for an answer that hit the limit.
+    """
+
+    id: str
+    score: float
+    answer: str
+    references: tuple[str, ...]
+    candidate_scores: tuple[float, ...]
+    cut_tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What is the same for every task: a model with its tokenizer, and how it is asked.
+
+    `row_length` is the slots of a packed row, `batch_size` the prompts decoded together; neither changes
+    scores.
+    """
+
+    model: LanguageModel[Any]
+    tokenizer: Tokenizer
+    conditions: Conditions
+    row_length: int
+    batch_size: int
+
+
+def score_questions(
+    evaluator: Evaluator, questions: Sequence[Question], metric: Metric, track: Track
+) -> list[ExampleScore]:
+    """Answer and score questions, in their order."""
+    if metric == "accuracy":
+        return _score_rankings(evaluator, questions, track)
+    return _score_generations(
+        evaluator, questions, exact_match if metric == "exact_match" else rouge_l, track
+    )
+
+
+def _score_rankings(evaluator: Evaluator, questions: Sequence[Question], track: Track) -> list[ExampleScore]:
+    conditions = evaluator.conditions
+    rankings = rank(
+        evaluator.model,
+        evaluator.tokenizer,
+        questions,
+        rules=prompt_rules(conditions.inference_prefix, evaluator.tokenizer.eos_id, conditions.max_positions),
+        row_length=evaluator.row_length,
+        scoring=conditions.scoring,
+        track=track,
+    )
+    return [
+        ExampleScore(
+            id=question.id,
+            score=accuracy(ranking.scores, question.correct),
+            answer=question.candidates[max(range(len(ranking.scores)), key=ranking.scores.__getitem__)],
+            references=question.references,
+            candidate_scores=ranking.scores,
+            cut_tokens=ranking.cut_tokens,
+            finished=True,
+        )
+        for question, ranking in zip(questions, rankings, strict=True)
+    ]
+
+
+def _score_generations(
+    evaluator: Evaluator,
+    questions: Sequence[Question],
+    compare: Callable[[str, Sequence[str]], float],
+    track: Track,
+) -> list[ExampleScore]:
+    conditions = evaluator.conditions
+    generations = generate(
+        evaluator.model,
+        evaluator.tokenizer,
+        questions,
+        rules=prompt_rules(conditions.inference_prefix, evaluator.tokenizer.eos_id, conditions.max_positions),
+        max_new_tokens=conditions.max_new_tokens,
+        batch_size=evaluator.batch_size,
+        track=track,
+    )
+    return [
+        ExampleScore(
+            id=question.id,
+            score=compare(generation.text, question.references),
+            answer=generation.text.strip(),
+            references=question.references,
+            candidate_scores=(),
+            cut_tokens=generation.cut_tokens,
+            finished=generation.finished,
+        )
+        for question, generation in zip(questions, generations, strict=True)
+    ]
