@@ -33,6 +33,14 @@ setup(
         "triton": ["triton>=3.6,<3.10"],
         "demo": ["reasoning-gym>=0.1.25"],
         "hf": ["transformers>=4.46", "safetensors>=0.4"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "setuptools>=77"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "setuptools>=77",
+        ],
     },
 )
