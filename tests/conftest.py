@@ -1,0 +1,25 @@
+"""Tests that need GPUs skip, with the reason, where there are too few of them."""
+
+import pytest
+
+GPUS_NEEDED = {"gpu": 1, "multigpu": 2}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put a skip on every test marked gpu or multigpu that this machine cannot run."""
+    marked = [
+        (item, count)
+        for item in items
+        for name, count in GPUS_NEEDED.items()
+        if item.get_closest_marker(name)
+    ]
+    if not marked:
+        return
+    import torch  # here, since it takes seconds and most selections have no such test
+
+    present = torch.cuda.device_count()
+    for item, count in marked:
+        if present < count:
+            item.add_marker(
+                pytest.mark.skip(reason=f"needs {count} CUDA GPUs or more; this machine has {present}")
+            )
