@@ -27,6 +27,7 @@ def convert(value: object, kind: Any, key: str) -> Any:
         return _section(value, kind, key)
     origin = get_origin(kind)
     if origin in (Union, UnionType):
+        # The schema's only unions are `X | None`.
         (inner,) = (arm for arm in get_args(kind) if arm is not NoneType)
         return None if value is None else convert(value, inner, key)
     if origin is Literal:
@@ -63,6 +64,7 @@ def unknown_key(key: str) -> str:
     section = key.partition(".")[0]
     siblings = [known.partition(".")[2] for known in known_keys() if known.startswith(section + ".")]
     allowed = f"in {section}: {', '.join(siblings)}" if siblings else f"the sections {', '.join(sections)}"
+    # A far-fetched guess would be worse than none.
     remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "remove it"
     return f"unknown key: got {key}; allowed {allowed}; {remedy}"
 

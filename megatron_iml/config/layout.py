@@ -48,6 +48,7 @@ def multiple(number_key: str, number: int, divisor_key: str, divisor: int) -> st
     """A problem unless `divisor` divides `number`."""
     if number % divisor == 0:
         return None
+    # Either may be the mistake: a model's shape is often fixed, a cluster's size is sometimes.
     allowed = f"a multiple of {divisor_key} {divisor}"
     return problem(number_key, number, allowed, f"change {number_key} or {divisor_key}")
 

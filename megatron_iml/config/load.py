@@ -35,6 +35,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     with _located(origin):
         if path is not None:
             config = convert(_read_yaml(path), Config, "")
+    # Onto the typed config and not into the YAML, so that a bad value is blamed on the override that holds it.
     for override in overrides:
         with _located(f"override {override}"):
             config = _override(config, override)
@@ -44,6 +45,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write `config` as YAML that `load_config` reads back equal. The folder must exist."""
+    # The schema's order, which groups what belongs together; the alphabet does not.
     path.write_text(yaml.safe_dump(asdict(config), sort_keys=False, width=100), encoding="utf-8")
 
 
@@ -51,6 +53,7 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML in which a key given twice is an error; PyYAML alone keeps the last one and says nothing."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        # The nodes' texts, before anchors are merged: overriding a merged key is what merging is for.
         seen: set[str] = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
@@ -99,6 +102,7 @@ def _resolve_model(model: ModelConfig) -> ModelConfig:
     """`model` with every shape field explicit."""
     if model.size is not None:
         size = opt_size(model.size)
+        # What is given wins, so that opt-125m with two layers is a small model to try things on.
         given = {name: vars(model)[name] for name in size._fields if vars(model)[name]}
         model = replace(model, **{**size._asdict(), **given})
     missing = [name for name in OPTSize._fields if vars(model)[name] == 0]

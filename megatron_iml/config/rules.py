@@ -43,6 +43,7 @@ def _raise_if_any(outcomes: Iterable[str | None]) -> None:
 def _out_of_range(config: Config, row: Range) -> str | None:
     section, _, name = row.key.partition(".")
     value = vars(vars(config)[section])[name]
+    # None is an optional size that is not used.
     if value is None or row.holds(value):
         return None
     return problem(row.key, value, row.allowed, f"change {row.key}")
@@ -87,6 +88,7 @@ def batch_is_whole_rows(config: Config, world_size: int) -> str | None:
     dp = data_parallel_size(config, world_size)
     if positions % (row * dp) == 0:
         return None
+    # The nearest batches that fit; there is none below a first row on every rank.
     below = positions // (row * dp) * row * dp
     remedy = f"set it to {below + row * dp}" + (f" or {below}" if below else "")
     allowed = f"a multiple of data.row_length x data parallel = {row} x {dp} = {row * dp}"
@@ -100,6 +102,7 @@ def interleaving_divides_micro_batches(config: Config, world_size: int) -> str |
     pp, count = config.parallel.pipeline_model_parallel_size, micro_batches_per_step(config, world_size)
     if count % pp == 0:
         return None
+    # In the unit of the field that the user sets: positions, not micro-batches.
     unit = config.data.row_length * data_parallel_size(config, world_size) * pp
     return problem(
         "micro-batches per step of an interleaved pipeline",
@@ -134,6 +137,7 @@ def training_data_is_named(config: Config, world_size: int) -> str | None:
 def validation_data_is_complete(config: Config, world_size: int) -> str | None:
     """A validation loss needs a corpus, plans over it, and neither alone."""
     corpus, plans = config.data.validation_corpus, config.data.validation_plans
+    # Interval 0 still measures after the last step, if there is something to measure on.
     wanted = config.training.validation_interval > 0
     if (corpus is None) == (not plans) and not (wanted and not plans):
         return None
