@@ -35,7 +35,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     with _located(origin):
         if path is not None:
             config = convert(_read_yaml(path), Config, "")
-    # Onto the typed config and not into the YAML, so that a bad value is blamed on the override that holds it.
+    # Onto the typed config, not into the YAML, so that a bad value is blamed on the override that holds it.
     for override in overrides:
         with _located(f"override {override}"):
             config = _override(config, override)
@@ -53,7 +53,6 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML in which a key given twice is an error; PyYAML alone keeps the last one and says nothing."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        # The nodes' texts, before anchors are merged: overriding a merged key is what merging is for.
         seen: set[str] = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
