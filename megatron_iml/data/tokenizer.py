@@ -59,14 +59,14 @@ def _check_vocabulary(vocab: Path, reference: tokenizers.ByteLevelBPETokenizer) 
     expected = list(range(len(SPECIAL_TOKENS)))
     if found != expected:
         raise ValueError(
-            f"{vocab}: special tokens {SPECIAL_TOKENS} have ids {found}, OPT's models need {expected}; use OPT's "
-            "vocabulary or train one with tools/preprocess/train_tokenizer.py"
+            f"{vocab}: special tokens {SPECIAL_TOKENS} have ids {found}, OPT's models need {expected}; "
+            "use OPT's vocabulary or train one with tools/preprocess/train_tokenizer.py"
         )
     missing = [byte for byte in ByteLevel.alphabet() if reference.token_to_id(byte) is None]
     if missing:
         raise ValueError(
-            f"{vocab}: {len(missing)} of the 256 bytes have no entry (first: {min(missing)!r}), so some texts could "
-            "not be encoded; use a byte-level vocabulary"
+            f"{vocab}: {len(missing)} of the 256 bytes have no entry (first: {min(missing)!r}), so some "
+            "texts could not be encoded; use a byte-level vocabulary"
         )
 
 
@@ -108,7 +108,7 @@ class Tokenizer:
         return [ids_T[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[Ids, NDArray[np.int64]]:
-        """Return all ids end to end, int32 [T], and int64 [N+1] offsets: text n is ids[offsets[n]:offsets[n+1]]."""
+        """Return all ids end to end, int32 [T], and offsets [N+1]; text n: ids_T[offsets[n]:offsets[n+1]]."""
         if self._fast is None:
             return self._encode_flat_reference(texts)
         layout = self._fast.encode_batch(list(texts)).layout
