@@ -46,11 +46,7 @@ def shard(items: Sequence[Item], rank: int, size: int) -> Sequence[Item]:
 def merge(shards: Sequence[Sequence[Item]]) -> list[Item]:
     """The items in their first order, from the shards in order of rank."""
     size, total = len(shards), sum(map(len, shards))
-    lengths, expected = (
-        [len(part) for part in shards],
-        [len(range(rank, total, size)) for rank in range(size)],
-    )
-    assert lengths == expected, (
-        f"shards of {total} items over {size} ranks are {expected} long, got {lengths}"
-    )
+    lengths = [len(part) for part in shards]
+    expected = [len(range(rank, total, size)) for rank in range(size)]
+    assert lengths == expected, f"{total} items over {size} ranks make shards of {expected}, got {lengths}"
     return [shards[index % size][index // size] for index in range(total)]

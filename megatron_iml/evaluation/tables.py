@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from megatron_iml.evaluation.aggregate import Aggregate, Estimate
 
@@ -50,7 +51,8 @@ def to_rich(table: Table) -> RichTable:
     for index, name in enumerate(table.header):
         shown.add_column(name, justify="left" if index < table.num_labels else "right")
     for row in table.rows:
-        shown.add_row(*row)
+        # As text: a task name with brackets is no style.
+        shown.add_row(*map(Text, row))
     return shown
 
 
