@@ -6,13 +6,14 @@ target, fp32 [M]. Labels are pairs (target_rows, target_ids), so the LM head run
 
     losses_M = model(micro_batch);  losses_M.sum()      # divided once, by the global number of targets
 
-Read `layer.py` for a layer. Attributes that megatron-core reads by name: pre_process, post_process, vp_stage,
+Read `layer.py` for a layer. Attributes that megatron-core reads by name: pre_process, post_process, vp_stage, model_type,
 share_embeddings_and_output_weights, embedding, output_layer, and `set_input_tensor`.
 
 Shapes: T slots of the row, M targets, F features, V vocabulary rows here, B sequences being decoded.
 """
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -95,6 +96,7 @@ class OPTModel(LanguageModule):
         super().__init__(config=config, pg_collection=layout.groups)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = True
+        self.model_type = ModelType.encoder_or_decoder
         if pre_process:
             self.embedding = OPTEmbedding(config, model, plan, layout)
         layer = ModuleSpec(module=OPTLayer, params={"plan": plan, "selective_recompute": selective_recompute})

@@ -1,0 +1,1 @@
+"""Training: one step, the loop around it, its schedule, its self-test and what it reports."""

@@ -1,0 +1,99 @@
+"""A model that can be stepped: chunks, gradient buffers, optimizer and the pipeline schedule around them.
+
+    engine = build_engine(config, layout)             # weights allocated, still to be filled
+    losses = engine.run(iterators, num_micro_batches, forward_only=False)
+
+The schedule is megatron-core's. Each micro-batch is one packed row, so shapes are fixed: [row_length, 1, hidden].
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_iml.config import Config
+from megatron_iml.model.build import build_model
+from megatron_iml.model.opt import OPTModel
+from megatron_iml.model.row import MicroBatch
+from megatron_iml.parallel.groups import Layout
+
+from .optimizer import build_optimizer, wrap_model
+
+
+@dataclass(frozen=True)
+class Engine:
+    """This rank's part of the model and what trains it."""
+
+    config: Config
+    layout: Layout
+    chunks: list[OPTModel]
+    wrapped: list[DistributedDataParallel]
+    optimizer: ChainedOptimizer
+
+    def run(
+        self, batches: Sequence[Iterator[MicroBatch]], num_micro_batches: int, forward_only: bool
+    ) -> list[Tensor]:
+        """Run micro-batches through the pipeline.
+
+        Args:
+            batches: one iterator per chunk, over the same rows.
+            num_micro_batches: rows this rank runs.
+            forward_only: no gradients, and no dropout.
+
+        Returns:
+            On the last stage the per-target losses of every micro-batch, fp32 [M] each, detached; elsewhere nothing.
+        """
+        for chunk in self.wrapped:
+            chunk.train(not forward_only)
+        schedule = get_forward_backward_func()
+        return schedule(
+            forward_step_func=_forward_step,
+            data_iterator=list(batches),
+            model=list(self.wrapped),
+            num_microbatches=num_micro_batches,
+            seq_length=self.config.data.row_length,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def gather_weights(self) -> None:
+        """Finish a parameter gather that would otherwise overlap the next forward; weights are whole after this."""
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self.wrapped:
+                chunk.start_param_sync(force_sync=True)
+
+    def zero_gradients(self) -> None:
+        """Clear the gradient buffers before a step."""
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+
+def _forward_step(
+    batches: Iterator[MicroBatch], chunk: DistributedDataParallel
+) -> tuple[Tensor, Callable[[Tensor], tuple[Any, ...]]]:
+    """megatron-core's hook: run one micro-batch through one chunk."""
+    batch = next(batches)
+    return chunk(batch), lambda losses_M: _sum_of_losses(losses_M)
+
+
+def _sum_of_losses(losses_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss sum, number of targets, and what to report.
+
+    Three values and `calculate_per_token_loss`: megatron-core then adds the counts of all micro-batches and data
+    ranks and divides the gradients once by the total, instead of averaging averages.
+    """
+    count = torch.tensor(losses_M.numel(), dtype=torch.int, device=losses_M.device)
+    return losses_M.sum(), count, losses_M.detach()
+
+
+def build_engine(config: Config, layout: Layout) -> Engine:
+    """Allocate model, gradient buffers and optimizer. Weights are filled by the caller, then `optimizer.reload`ed."""
+    chunks = build_model(config, layout)
+    wrapped = wrap_model(chunks, config)
+    return Engine(config, layout, chunks, wrapped, build_optimizer(wrapped, config))

@@ -1,0 +1,74 @@
+"""Which rows this rank runs in a step, and what it reads of each.
+
+What enters: the loader over a mapped plan, this rank's place. What leaves: `StepRows`, the dealt rows of one step with
+the numbers every rank knows beforehand: targets, real tokens, useful FLOPs. Tokens and targets are read on the first
+and last stage only; every stage reads the row's layout from the plan itself, nothing is broadcast.
+"""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_iml.config import Config
+from megatron_iml.data.loader import Loader, Row, RowLayout
+from megatron_iml.model.row import MicroBatch, to_device
+from megatron_iml.parallel.groups import Layout
+from megatron_iml.parallel.rows import deal_rows
+
+from .flops import row_flops
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """Rows of one step: this rank's own, and totals over all ranks."""
+
+    rows: list[Row | RowLayout]
+    num_rows: int
+    num_targets: int
+    num_real: int
+    num_documents: int
+    useful_flops: float
+
+    def digest(self) -> int:
+        """A number that differs if a rank reads other rows, or another layout of a row."""
+        crc = 0
+        for row in self.rows:
+            layout = row.layout if isinstance(row, Row) else row
+            crc = zlib.crc32(np.int64(layout.index).tobytes(), crc)
+            crc = zlib.crc32(np.ascontiguousarray(layout.end_T), crc)
+            crc = zlib.crc32(np.ascontiguousarray(layout.positions_T), crc)
+        return crc
+
+    def micro_batches(self, layout: Layout) -> list[Iterator[MicroBatch]]:
+        """One iterator per model chunk over the same rows on the device."""
+        batches = [to_device(row, layout.device) for row in self.rows]
+        return [iter(batches) for _ in range(layout.virtual_size)]
+
+
+def step_rows(loader: Loader, rows: range, config: Config, layout: Layout) -> StepRows:
+    """Deal a range of the plan's rows to the data-parallel ranks and read this rank's.
+
+    A range that does not divide evenly is filled up with empty rows, so that every rank runs as many.
+    """
+    plan = loader.plan
+    targets_R, pairs_R, real_R = plan.targets_R[rows.start : rows.stop], plan.pairs_R[rows.start : rows.stop], None
+    real_R = [plan.num_real(row) for row in rows]
+    costs = [
+        row_flops(config.model, int(real), int(targets), int(pairs))
+        for real, targets, pairs in zip(real_R, targets_R, pairs_R, strict=True)
+    ]
+    empty = -len(rows) % layout.data_size
+    own = deal_rows([*costs, *[0.0] * empty], layout.data_size)[layout.data_rank]
+    reads_tokens = layout.is_first_stage or layout.is_last_stage
+    read = loader.row if reads_tokens else loader.layout
+    blank = loader.blank_row if reads_tokens else loader.blank_layout
+    return StepRows(
+        rows=[read(rows[index]) if index < len(rows) else blank() for index in own],
+        num_rows=len(rows),
+        num_targets=int(targets_R.sum()),
+        num_real=sum(real_R),
+        num_documents=sum(plan.num_documents(row) for row in rows),
+        useful_flops=sum(costs),
+    )
