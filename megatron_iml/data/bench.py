@@ -187,6 +187,10 @@ def _entry(path: Path, index: int, entry: dict[str, Any]) -> BenchFile:
             raise ValueError(
                 f"{path}: file {index} has {key} {entry[key]!r}; choose from {', '.join(allowed)}"
             )
+    if entry["split"] == "train" and entry["level"] != "fully_supervised":
+        raise ValueError(
+            f"{path}: file {index} trains on the {entry['level']} task {entry['task']!r}; build it anew"
+        )
     return BenchFile(**entry)
 
 

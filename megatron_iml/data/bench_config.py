@@ -11,6 +11,7 @@ A relative folder is looked up beside the YAML file, or below another root where
 always beside the file.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from megatron_iml.data.sources import Source, read_source
 from megatron_iml.data.splits import Splits, load_splits
 from megatron_iml.data.text_files import yaml_mapping
 
-ENTRY_KEYS = ("reader", "folder", "options")
+ENTRY_TYPES: Mapping[str, type] = {"reader": str, "folder": str, "options": dict}
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,12 @@ def load_bench_config(path: Path, source_root: Path | None = None) -> BenchConfi
 
 
 def _source(path: Path, root: Path, entry: object) -> Source:
-    if not isinstance(entry, dict) or not {"reader"} <= set(entry) <= set(ENTRY_KEYS):
-        raise ValueError(
-            f"{path}: a source is {entry!r}; give reader and, where it takes them, folder and options"
-        )
+    if (
+        not isinstance(entry, dict)
+        or not {"reader"} <= set(entry) <= set(ENTRY_TYPES)
+        or not all(isinstance(value, ENTRY_TYPES[key]) for key, value in entry.items())
+    ):
+        raise ValueError(f"{path}: a source is {entry!r}; give a reader and, as it needs, folder and options")
     folder = root / entry["folder"] if "folder" in entry else None
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"{path}: no source folder {folder}; correct it or give --source-root")

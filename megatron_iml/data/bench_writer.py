@@ -100,7 +100,7 @@ def build_bench(
 def render_row(example: Example, seed: int, counts: TaskCounts) -> dict[str, Any] | None:
     """The bench row of an example; None, with the reason in `counts`, where it has no usable target."""
     targets = _distinct(example.targets, counts, "reference")
-    candidates = _distinct(example.candidates, counts, "candidate")
+    candidates = _distinct(example.candidates, counts, "candidate") if example.candidates else []
     if not targets:
         counts.drop("blank target")
         return None
@@ -121,12 +121,9 @@ def render_row(example: Example, seed: int, counts: TaskCounts) -> dict[str, Any
 
 def _distinct(texts: Sequence[str], counts: TaskCounts, kind: str) -> list[str]:
     """Cleaned texts without blank and repeated ones, in their order."""
-    present = [text for text in map(clean_target, texts) if text]
-    distinct = list(dict.fromkeys(present))
-    if len(texts) > 1 and len(present) < len(texts):
-        counts.repaired[f"blank {kind} removed"] += len(texts) - len(present)
-    if len(distinct) < len(present):
-        counts.repaired[f"repeated {kind} removed"] += len(present) - len(distinct)
+    distinct = list(dict.fromkeys(text for text in map(clean_target, texts) if text))
+    if 0 < len(distinct) < len(texts):
+        counts.repaired[f"blank or repeated {kind} removed"] += len(texts) - len(distinct)
     return distinct
 
 
@@ -138,7 +135,8 @@ def _write_task(task: Task, stem: str, splits: Splits, counts: TaskCounts, stagi
             row = render_row(example, splits.seed, counts)
             if row is not None:
                 instances.append(instance_hash(splits.seed, example.task, example.id))
-                sources.append(source_hash(example.source))
+                # Pretraining text has no source of its own to compare.
+                sources.append(source_hash(example.source.strip() or row["tgt"]))
                 file.write(orjson.dumps(row) + b"\n")
     level = level_of(splits, task)
     split_N = assign(splits, level, np.array(instances, np.uint64), np.array(sources, np.uint64))

@@ -34,7 +34,7 @@ def choose_delimiter(seed: int, task: str, example_id: str) -> str:
 
 
 def with_delimiter(source: str, seed: int, task: str, example_id: str) -> str:
-    """The `src` of a row: `source` without trailing spaces, plus a delimiter unless blank or ending with ":"."""
+    """The `src` of a row: without trailing spaces, and with a delimiter unless blank or ending with ":"."""
     source = source.rstrip(" ")
     if source.endswith(":"):
         return source

@@ -87,6 +87,8 @@ def as_text(value: object, counts: TaskCounts) -> str | None:
 
 def as_texts(value: object, counts: TaskCounts) -> tuple[str, ...] | None:
     """A JSON value or a list of them as texts; None if any part is neither text, number nor boolean."""
+    if isinstance(value, str):
+        return (value,)
     texts = [as_text(item, counts) for item in value] if isinstance(value, list) else [as_text(value, counts)]
     present = tuple(text for text in texts if text is not None)
     return present if len(present) == len(texts) else None

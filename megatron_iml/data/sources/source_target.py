@@ -80,7 +80,7 @@ def _example(
         counts.drop("a field is not text")
         return None
     return Example(
-        id=str(row.get("id", index)),
+        id=str(index if row.get("id") is None else row["id"]),
         task=name.task,
         benchmark=name.benchmark,
         category=name.category,

@@ -56,7 +56,7 @@ def read(folder: Path, drops: Drops, *, positive_examples: int = 0) -> Iterator[
 def _examples(path: Path, category: str, counts: TaskCounts, positive_examples: int) -> Iterator[Example]:
     content = json_object(path)
     instructions = "Instructions: " + _definition(path, content)
-    demonstrations = _demonstrations(content, positive_examples)
+    demonstrations = _demonstrations(path, content, positive_examples)
     for index, instance in enumerate(content["Instances"]):
         counts.read += 1
         if not isinstance(instance, dict) or "output" not in instance:
@@ -73,7 +73,7 @@ def _examples(path: Path, category: str, counts: TaskCounts, positive_examples: 
         else:
             source = f"{instructions}\nInput: {text}" if text else instructions
         yield Example(
-            id=str(instance.get("id", f"{path.stem}-{index}")),
+            id=str(instance.get("id") or f"{path.stem}-{index}"),
             task=path.stem,
             benchmark=BENCHMARK,
             category=category,
@@ -97,7 +97,12 @@ def _definition(path: Path, content: dict[str, Any]) -> str:
     return definition.strip()
 
 
-def _demonstrations(content: dict[str, Any], count: int) -> list[str]:
-    # v1 nests both lists of demonstrations in one object.
+def _demonstrations(path: Path, content: dict[str, Any], count: int) -> list[str]:
+    # v1 nests both lists of demonstrations in one object, and writes "-" for a list that is empty.
     positive = content.get("Positive Examples") or content.get("Examples", {}).get("Positive Examples", [])
-    return [f"Input: {shown['input']}\nOutput: {shown['output']}" for shown in positive[:count]]
+    shown = positive[:count] if isinstance(positive, list) else []
+    if not all(isinstance(item, dict) and {"input", "output"} <= set(item) for item in shown):
+        raise ValueError(
+            f"{path}: a positive example without input or output; repair it or ask for fewer of them"
+        )
+    return [f"Input: {item['input']}\nOutput: {item['output']}" for item in shown]

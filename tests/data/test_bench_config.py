@@ -1,0 +1,64 @@
+import pytest
+
+from megatron_iml.data.bench_config import load_bench_config
+from megatron_iml.data.ledger import Drops
+
+
+def write(tmp_path, config: str):
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data" / "B__C__t.jsonl").write_text('{"src": "a", "tgt": "b"}\n')
+    (tmp_path / "splits.yaml").write_text("test_examples_per_task: 3\n")
+    path = tmp_path / "bench.yaml"
+    path.write_text(config)
+    return path
+
+
+GOOD = "sources:\n- {reader: source_target, folder: data}\nsplits: splits.yaml\n"
+
+
+def test_folders_lie_beside_the_config_or_below_another_root(tmp_path):
+    path = write(tmp_path, GOOD)
+    config = load_bench_config(path)
+    assert [source.folder for source in config.sources] == [tmp_path / "data"]
+    assert config.splits.test_examples_per_task == 3
+    assert [task.name for task in config.tasks(Drops())] == ["t"]
+    root = tmp_path / "elsewhere"
+    (root / "data").mkdir(parents=True)
+    assert load_bench_config(path, root).sources[0].folder == root / "data"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("sources: []\nsplits: splits.yaml", "sources must be a list of at least one reader"),
+        ("splits: splits.yaml", r"got the keys \['splits'\], expected"),
+        (
+            GOOD.replace("source_target", "source_targets"),
+            "no reader 'source_targets'; choose from source_target",
+        ),
+        (GOOD.replace("folder: data", "folder: data, shuffle: 1"), "a source is .*shuffle.*; give a reader"),
+        (GOOD.replace("folder: data", "folder: 3"), "a source is .*; give a reader"),
+        (GOOD.replace("folder: data", "options: {}"), "reader source_target needs a folder"),
+        (GOOD.replace("source_target", "reasoning_gym"), "reader reasoning_gym takes no folder"),
+        (
+            GOOD.replace("data}", "data, options: {a: 1}}"),
+            "reader source_target has no option 'a'; its options: none",
+        ),
+        (
+            "sources: [{reader: reasoning_gym, options: {seed: x}}]\nsplits: splits.yaml",
+            "reader reasoning_gym: option seed is 'x'; give int",
+        ),
+    ],
+)
+def test_mistakes_are_named(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        load_bench_config(write(tmp_path, config))
+
+
+def test_missing_files_and_folders_are_named(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="no source folder .*absent; correct it or give --source-root"
+    ):
+        load_bench_config(write(tmp_path, GOOD.replace("folder: data", "folder: absent")))
+    with pytest.raises(FileNotFoundError, match="no file .*other.yaml"):
+        load_bench_config(write(tmp_path, GOOD.replace("splits.yaml", "other.yaml")))
