@@ -121,6 +121,19 @@ def test_positive_examples_stand_between_definition_and_input(tmp_path):
     assert second.source.startswith(f"Instructions: Name the capital.\n\n{shown}\n\nInput:")
 
 
+def test_first_version_nests_its_positive_examples(tmp_path):
+    nested = {"Positive Examples": [{"input": "Chad", "output": "N'Djamena"}], "Negative Examples": "-"}
+    content = {
+        "Definition": "Name it.",
+        "Examples": nested,
+        "Instances": [{"input": "Togo", "output": "Lome"}],
+    }
+    tasks_of(tmp_path, subtask1=content)
+    (task,) = read(tmp_path, Drops(), positive_examples=3)
+    shown = "Input: Chad\nOutput: N'Djamena"
+    assert next(task.examples()).source == f"Instructions: Name it.\n\n{shown}\n\nInput: Togo"
+
+
 def test_a_positive_example_without_output_is_an_error(tmp_path):
     tasks_of(tmp_path, task1=FINAL | {"Positive Examples": [{"input": "Chad"}]})
     (task,) = read(tmp_path, Drops(), positive_examples=1)

@@ -99,7 +99,8 @@ def _definition(path: Path, content: dict[str, Any]) -> str:
 
 def _demonstrations(path: Path, content: dict[str, Any], count: int) -> list[str]:
     # v1 nests both lists of demonstrations in one object, and writes "-" for a list that is empty.
-    positive = content.get("Positive Examples") or content.get("Examples", {}).get("Positive Examples", [])
+    owner = content["Examples"] if isinstance(content.get("Examples"), dict) else content
+    positive = owner.get("Positive Examples")
     shown = positive[:count] if isinstance(positive, list) else []
     if not all(isinstance(item, dict) and {"input", "output"} <= set(item) for item in shown):
         raise ValueError(
