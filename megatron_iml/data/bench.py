@@ -114,6 +114,7 @@ class Bench:
             version = manifest.get("format_version")
             raise ValueError(f"{path}: format_version is {version}, expected {FORMAT_VERSION}; build it anew")
         entries = tuple(_entry(path, index, entry) for index, entry in enumerate(manifest["files"]))
+        # Of the bytes, not of the content: a manifest edited by hand is another bench.
         fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
         return cls(folder, manifest["seed"], fingerprint, entries)
 

@@ -7,7 +7,7 @@ What enters: the tasks of all sources, their ledger and the splits. What leaves:
     ->  train/B__C__t.jsonl 930 rows, validation/... 20, test/... 50; ledger: read 1000 = written 1000
 
 Each task is written once to a spool file while its hashes are taken, then its lines are dealt to the
-splits: memory grows by 16 bytes an example, the sources are parsed once.
+splits: memory grows by 16 bytes an example, and no example is read twice.
 """
 
 import hashlib
@@ -74,6 +74,7 @@ def build_bench(
         raise ValueError(
             f"the sources hold no task; skipped files: {skipped}; check the folders of the config"
         )
+    # Everything that can be wrong with names is found before the first example is read.
     check_names(splits, tasks)
     stems = _unique_stems(tasks)
     _check_output(output, overwrite)
@@ -212,6 +213,7 @@ def _staging(output: Path) -> Iterator[Path]:
 
 
 def _put_in_place(staging: Path, output: Path) -> None:
+    # A folder cannot be renamed over a full one: the old bench steps aside, and goes when the new one stands.
     replaced = staging.with_suffix(".replaced")
     if output.exists():
         output.rename(replaced)

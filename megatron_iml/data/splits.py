@@ -12,7 +12,7 @@ the split of each of its rows.
 
 A task of 1,000 examples under this file: 20 validation, 50 test, 930 train; held out: 20, 50 and 930
 dropped. A task of 100 examples gives at most a fifth to evaluation, in the proportion 20 : 50: 5
-validation, 14 test, 81 train. Choice is by hash of seed, task and example id: it changes neither with the
+validation, 15 test, 80 train. Choice is by hash of seed, task and example id: it changes neither with the
 order of a file nor with its other rows.
 """
 
@@ -96,6 +96,7 @@ def check_names(splits: Splits, tasks: Sequence[Task]) -> None:
         for name in wanted:
             if name not in known:
                 raise ValueError(f"splits: no {kind} {name!r} in the sources; {_near(name, sorted(known))}")
+    # Otherwise a report would show as partially supervised what no training task has prepared.
     trained = {task.category for task in tasks if level_of(splits, task) == "fully_supervised"}
     for task in tasks:
         if level_of(splits, task) == "partially_supervised" and task.category not in trained:
@@ -137,6 +138,7 @@ def assign(splits: Splits, level: Level, instances_N: np.ndarray, sources_N: np.
     Returns:
         int8 [N]: an index into `SPLITS`, or a key of `DROP_REASONS`.
     """
+    # Ties can only come from repeated ids; the stable sort then leaves them in the order of the file.
     order_N = np.argsort(instances_N, kind="stable")[: splits.max_examples_per_task]
     validation, test = _held_out_counts(splits, level, len(order_N))
     split_N = np.full(len(instances_N), -1, np.int8)

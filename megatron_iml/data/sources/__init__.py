@@ -64,7 +64,7 @@ class Source:
             if name not in defaults:
                 known = ", ".join(defaults) or "none"
                 raise ValueError(f"reader {self.reader} has no option {name!r}; its options: {known}")
-            # A list in YAML is a sequence in Python.
+            # The defaults say which types are right; a list in YAML is a sequence in Python.
             expected = list if isinstance(defaults[name], tuple) else type(defaults[name])
             if type(value) is not expected:
                 raise ValueError(

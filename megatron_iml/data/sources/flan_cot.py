@@ -38,6 +38,7 @@ def read(folder: Path, drops: Drops) -> Iterator[Task]:
 def _examples(path: Path, name: str, counts: TaskCounts) -> Iterator[Example]:
     for number, line in text_lines(path):
         counts.read += 1
+        # No csv module: a quotation mark is a character like any other here.
         columns = line.split("\t")
         if len(columns) != 3:
             counts.drop("not three columns")

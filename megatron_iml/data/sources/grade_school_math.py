@@ -52,6 +52,7 @@ def _examples(path: Path, part: str, counts: TaskCounts) -> Iterator[Example]:
         if question is None or solution is None:
             counts.drop("question or answer is not text")
             continue
+        # From the right: only the last line holds the final answer.
         rationale, mark, answer = CALCULATOR_ANNOTATION.sub("", solution).rpartition(ANSWER_MARK)
         if not mark or not answer.strip():
             counts.drop(f"no answer after {ANSWER_MARK}")

@@ -141,6 +141,7 @@ def read(folder: None, drops: Drops, *, examples_per_task: int = 400, seed: int 
             f"reasoning_gym: got examples_per_task {examples_per_task} and seed {seed}; "
             "give 1 or more examples and a seed from 0 to 2047"
         )
+    # Fails here, where sources are listed, rather than at the first example.
     _create_dataset()
     for task in GYM_TASKS:
         counts = drops.task(BENCHMARK, task.name)

