@@ -69,7 +69,7 @@ def _examples(path: Path, category: str, counts: TaskCounts, positive_examples: 
         if inputs is None or targets is None:
             counts.drop("input or output is not text")
             continue
-        # 13,664 inputs of the real data have blanks around them, and the delimiter follows the last character.
+        # Real inputs (2 % of them) have blanks around them, and the delimiter follows the last character.
         text = "\n".join(inputs).strip()
         if demonstrations:
             source = "\n\n".join([instructions, *demonstrations, f"Input: {text}"])
