@@ -29,6 +29,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_iml.data.corpus import Corpus
+from megatron_iml.data.plan import Plan
+
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
@@ -190,3 +193,46 @@ def assemble_row(pieces: Sequence[Piece], row_length: int, index: int) -> Row:
         tokens_T[: slots.num_real] = np.delete(joined, np.cumsum(lengths_N) - 1)
         rows_M, ids_M = _plain_targets(slots, firsts_N, joined)
     return Row(slots.layout(index, len(rows_M)), tokens_T, rows_M, ids_M)
+
+
+class Loader:
+    """Turns rows of a plan into `Row`s; its whole state is which row is asked for."""
+
+    def __init__(self, corpus: Corpus, plan: Plan) -> None:
+        """Pair a plan with its corpus. Raises ValueError when the plan was made from another one."""
+        if plan.corpus_fingerprint != corpus.fingerprint:
+            raise ValueError(
+                f"plan {plan.folder} was made from corpus {plan.corpus_fingerprint}, but {corpus.folder} is "
+                f"{corpus.fingerprint}; rebuild the plan with tools/preprocess/build_plan.py"
+            )
+        self._corpus = corpus
+        self._plan = plan
+        self.num_rows = plan.num_rows
+
+    def layout(self, row: int) -> RowLayout:
+        """Return where documents lie in a row; reads the plan only, no tokens."""
+        entries = self._plan.entries(row)
+        lengths_N, shared_N, trunks_N = (
+            entries[name].astype(np.int64) for name in ("length", "shared", "trunk")
+        )
+        slots = _allot_slots(lengths_N, shared_N, trunks_N, self._plan.row_length)
+        return slots.layout(row, int(self._plan.targets_R[row]))
+
+    def row(self, row: int) -> Row:
+        """Return a row with its tokens and targets."""
+        pieces = []
+        for document, cut, reference, length, shared, trunk in self._plan.entries(row).tolist():
+            tokens, source_length = self._corpus.tokens(document, reference)
+            assert len(tokens) - cut == length, (
+                f"document {document}: {len(tokens)} - {cut} tokens, plan {length}"
+            )
+            pieces.append(Piece(tokens[cut:], source_length - cut, trunk, shared))
+        assembled = assemble_row(pieces, self._plan.row_length, row)
+        expected = int(self._plan.targets_R[row])
+        found = assembled.layout.num_targets
+        assert found == expected, f"row {row} has {found} targets, the plan says {expected}"
+        return assembled
+
+    def document_ids(self, row: int) -> NDArray[np.int64]:
+        """Return the documents of a row in the order in which they lie."""
+        return self._plan.entries(row)["document"].astype(np.int64)
