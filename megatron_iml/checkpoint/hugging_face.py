@@ -36,7 +36,6 @@ def load_hugging_face(folder: Path, chunks: Sequence[OPTModel], model: ModelConf
     """
     _check_shape(folder, model)
     read = open_tensors(folder)
-    assert model.hidden_size and model.num_attention_heads, "the model section is not resolved"
     head_dim = model.hidden_size // model.num_attention_heads
     for name, parameter in named_global_parameters(chunks):
         parts = [read(theirs) for theirs in hugging_face_names(name)]
@@ -50,7 +49,11 @@ def open_tensors(folder: Path) -> Callable[[str], Tensor]:
     """Return a function that reads one tensor by its name without the `model.` prefix that some files carry."""
     stem, suffix = _find_format(folder)
     index = folder / f"{stem}{suffix}.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [stem + suffix]
+    files = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if index.is_file()
+        else [stem + suffix]
+    )
     places: dict[str, Callable[[], Tensor]] = {}
     for file in files:
         path = folder / file
@@ -92,7 +95,10 @@ def _readers(path: Path) -> dict[str, Callable[[], Tensor]]:
 
 def _check_shape(folder: Path, model: ModelConfig) -> None:
     theirs: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    if not theirs.get("do_layer_norm_before", True) or theirs.get("word_embed_proj_dim") != theirs["hidden_size"]:
+    if (
+        not theirs.get("do_layer_norm_before", True)
+        or theirs.get("word_embed_proj_dim") != theirs["hidden_size"]
+    ):
         raise ValueError(
             f"{folder} is OPT-350m's variant (post-norm, projected embedding), which is not supported: "
             "use another size of the family"

@@ -206,7 +206,9 @@ def check_master_weights(tensors: dict[str, Any]) -> None:
 
 def _sharded_chunks(chunks: Sequence[OPTModel]) -> dict[str, Any]:
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    return {name: chunk.sharded_state_dict(metadata=SHARDING) for name, chunk in zip(names, chunks, strict=True)}
+    return {
+        name: chunk.sharded_state_dict(metadata=SHARDING) for name, chunk in zip(names, chunks, strict=True)
+    }
 
 
 def _sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:

@@ -67,18 +67,14 @@ def recompute_fits_chunk(config: Config, world_size: int) -> str | None:
 
 
 def overlapped_gather_has_what_it_needs(config: Config, world_size: int) -> str | None:
-    """Weights are gathered bucket by bucket from the shards that the distributed optimizer updated."""
-    parallel = config.parallel
-    if not parallel.overlap_param_gather or (
-        parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
-    ):
+    """Weights are gathered bucket by bucket, in the buckets that overlapped reduction cuts."""
+    if not config.parallel.overlap_param_gather or config.parallel.overlap_grad_reduce:
         return None
     return problem(
         "parallel.overlap_param_gather",
-        f"true with use_distributed_optimizer {str(parallel.use_distributed_optimizer).lower()} and "
-        f"overlap_grad_reduce {str(parallel.overlap_grad_reduce).lower()}",
-        "true only if both of these are true",
-        "set both to true, or parallel.overlap_param_gather=false",
+        "true with overlap_grad_reduce false",
+        "true only if overlap_grad_reduce is true",
+        "set parallel.overlap_grad_reduce=true or parallel.overlap_param_gather=false",
     )
 
 

@@ -77,8 +77,6 @@ class ParallelConfig:
     """Interleaved pipeline: model chunks per stage (2 or more), or none."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the row."""
-    use_distributed_optimizer: bool = True
-    """Shard optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward still runs."""
     overlap_param_gather: bool = False

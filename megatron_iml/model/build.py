@@ -1,7 +1,7 @@
 """Builds this rank's part of OPT: one chunk, or several under interleaved pipelining.
 
-    chunks = build_model(config, layout)      # weights allocated on layout.device, not yet filled
-    initialise(chunks, config.model, config.training.seed, layout)
+chunks = build_model(config, layout)      # weights allocated on layout.device, not yet filled
+initialise(chunks, config.model, config.training.seed, layout)
 """
 
 from megatron_iml.config import Config

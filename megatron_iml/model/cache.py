@@ -8,9 +8,12 @@ into documents. After that every step reads one token per sequence:
 B sequences, P positions, N heads, D head size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -54,8 +57,9 @@ class KeyValueCache:
         """Count the token that every layer has just appended."""
         self.lengths_B = self.lengths_B + 1
 
-    def keep(self, sequences: Tensor) -> None:
-        """Drop the sequences that are finished; `sequences` are the int64 indices that stay."""
+    def keep(self, indices: Sequence[int] | NDArray[np.int64]) -> None:
+        """Drop the sequences that are finished; `indices` are those that stay, increasing."""
+        sequences = torch.as_tensor(indices, device=self.lengths_B.device)
         self.lengths_B = self.lengths_B[sequences]
         self.keys = {layer: keys[sequences] for layer, keys in self.keys.items()}
         self.values = {layer: values[sequences] for layer, values in self.values.items()}

@@ -42,5 +42,7 @@ def dropout(hidden_T1H: Tensor, probability: float, key: int, first_slot: int) -
     device = hidden_T1H.device
     rows_T = torch.arange(first_slot, first_slot + slots, device=device)
     columns_H = torch.arange(features, device=device)
-    keep_TH = keep_mask(key, probability, rows_T, columns_H, torch.zeros(1, dtype=torch.int64, device=device))[0]
+    keep_TH = keep_mask(
+        key, probability, rows_T, columns_H, torch.zeros(1, dtype=torch.int64, device=device)
+    )[0]
     return hidden_T1H * keep_TH[:, None, :] / (1.0 - probability)

@@ -38,7 +38,9 @@ class InferenceModel:
             vocab_entries: real entries of the tokenizer; padded rows are never generated.
             max_positions: positions a sequence may reach.
         """
-        assert layout.pipeline_size == 1, f"inference runs without a pipeline, got {layout.pipeline_size} stages"
+        assert layout.pipeline_size == 1, (
+            f"inference runs without a pipeline, got {layout.pipeline_size} stages"
+        )
         assert not model.config.sequence_parallel, "a step's few tokens are not cut over tensor ranks"
         self.model, self.layout = model.eval(), layout
         self.vocab_entries, self.max_positions = vocab_entries, max_positions

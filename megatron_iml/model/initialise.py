@@ -35,7 +35,6 @@ def initial_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: 
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     if name.endswith("bias"):
         return torch.zeros(shape)
-    assert model.num_layers is not None, "the model section is not resolved"
     is_output = "linear_proj" in name or "linear_fc2" in name
     std = model.init_method_std / math.sqrt(2 * model.num_layers) if is_output else model.init_method_std
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()

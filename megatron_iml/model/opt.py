@@ -28,10 +28,13 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor
 
 from megatron_iml.config import ModelConfig
@@ -49,7 +52,9 @@ POSITION_OFFSET = 2
 class OPTEmbedding(MegatronModule):
     """Vocabulary-parallel word embedding plus learned positions, then dropout."""
 
-    def __init__(self, config: TransformerConfig, model: ModelConfig, plan: DropoutPlan, layout: Layout) -> None:
+    def __init__(
+        self, config: TransformerConfig, model: ModelConfig, plan: DropoutPlan, layout: Layout
+    ) -> None:
         super().__init__(config=config)
         self.plan, self.tp_group = plan, layout.groups.tp
         self.word_embeddings = VocabParallelEmbedding(
@@ -136,7 +141,9 @@ class OPTModel(LanguageModule):
         hidden_T1F = self._decode(hidden_T1F, batch.context)
         if not self.post_process:
             return hidden_T1F
-        assert batch.target_rows_M is not None and batch.target_ids_M is not None, "the last stage got no targets"
+        assert batch.target_rows_M is not None and batch.target_ids_M is not None, (
+            "the last stage got no targets"
+        )
         logits_M1V = self._logits(hidden_T1F, batch.target_rows_M)
         return vocab_parallel_cross_entropy(logits_M1V, batch.target_ids_M[:, None]).squeeze(1)
 

@@ -47,7 +47,9 @@ def copy_full_tensor(parameter: torch.nn.Parameter, full: Tensor, tensor_rank: i
     dim = tensor_parallel_dim(parameter)
     shard = full if dim is None else full.chunk(tensor_size, dim)[tensor_rank]
     if shard.shape != parameter.shape:
-        raise ValueError(f"a shard of shape {tuple(shard.shape)} does not fit a parameter of {tuple(parameter.shape)}")
+        raise ValueError(
+            f"a shard of shape {tuple(shard.shape)} does not fit a parameter of {tuple(parameter.shape)}"
+        )
     with torch.no_grad():
         parameter.copy_(shard)
 

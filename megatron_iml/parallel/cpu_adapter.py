@@ -12,7 +12,7 @@ lives in one thread: a spawned process must install its own.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,11 @@ class _CudaAnswersAsCpu(TorchFunctionMode):
     """Rewrites the three ways in which megatron-core names a GPU."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one torch function with CUDA devices replaced."""
         kwargs = kwargs or {}
@@ -66,7 +70,7 @@ class _CpuStream:
 
 
 @contextmanager
-def _no_stream(stream: Any) -> Any:
+def _no_stream(stream: Any) -> Iterator[None]:
     """Stands for `torch.cuda.stream`."""
     yield
 
@@ -75,15 +79,21 @@ def install_cpu_adapter() -> None:
     """Make the CPU answer for CUDA in this thread; without effect where CUDA is available or already answered."""
     if torch.cuda.is_available() or torch.cuda.current_device is _current_device:
         return
-    torch.cuda.current_device = _current_device
-    torch.cuda.synchronize = _nothing
-    torch.cuda.empty_cache = _nothing
-    torch.cuda.current_stream = torch.cuda.default_stream = _stream
-    torch.cuda.stream = _no_stream
-    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = _get_rng_state
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.default_generators = _CpuGenerators()
-    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = _nothing
+    for owner, name, stand_in in (
+        (torch.cuda, "current_device", _current_device),
+        (torch.cuda, "synchronize", _nothing),
+        (torch.cuda, "empty_cache", _nothing),
+        (torch.cuda, "current_stream", _stream),
+        (torch.cuda, "default_stream", _stream),
+        (torch.cuda, "stream", _no_stream),
+        (torch.cuda, "get_rng_state", _get_rng_state),
+        (torch.cuda.random, "get_rng_state", _get_rng_state),
+        (torch.cuda, "manual_seed", torch.manual_seed),
+        (torch.cuda, "default_generators", _CpuGenerators()),
+        (torch.cuda.nvtx, "range_push", _nothing),
+        (torch.cuda.nvtx, "range_pop", _nothing),
+    ):
+        setattr(owner, name, stand_in)
     _patch_lazy_call()
     # "CPU RNG state changed within GPU RNG context": here they are one generator, by design.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
@@ -92,10 +102,10 @@ def install_cpu_adapter() -> None:
 
 def _patch_lazy_call() -> None:
     """CUDA queues generator updates until its first use, which never comes here: run them at once."""
-    torch.cuda._lazy_call = _call_now
     from megatron.core.tensor_parallel import random
 
-    random._lazy_call = _call_now
+    for module in (torch.cuda, random):
+        vars(module)["_lazy_call"] = _call_now
 
 
 def _current_device() -> torch.device:

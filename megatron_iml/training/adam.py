@@ -72,7 +72,8 @@ class Adam(torch.optim.Optimizer):
         packed = super().state_dict()
         steps = {index: group["step"] for group in packed["param_groups"] for index in group["params"]}
         packed["state"] = {
-            index: {**state, "step": torch.tensor(float(steps[index]))} for index, state in packed["state"].items()
+            index: {**state, "step": torch.tensor(float(steps[index]))}
+            for index, state in packed["state"].items()
         }
         return packed
 

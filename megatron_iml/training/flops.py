@@ -12,7 +12,6 @@ from megatron_iml.config import ModelConfig
 
 def row_flops(model: ModelConfig, real_tokens: int, targets: int, visible_pairs: int) -> float:
     """FLOPs of one packed row through the whole model, forward and backward."""
-    assert model.num_layers and model.hidden_size and model.ffn_hidden_size, "the model section is not resolved"
     layer_weights = model.num_layers * model.hidden_size * (4 * model.hidden_size + 2 * model.ffn_hidden_size)
     return (
         6.0 * layer_weights * real_tokens

@@ -11,7 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as EngineOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -49,7 +53,9 @@ def _restore_padding(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
     padded = packed.new_zeros(buffer.numel)
     offset = 0
     for bucket in buffer.buckets:
-        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[offset : offset + bucket.numel_unpadded]
+        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[
+            offset : offset + bucket.numel_unpadded
+        ]
         offset += bucket.numel_unpadded
     assert offset == packed.numel(), f"buckets hold {offset} elements, the gathered state {packed.numel()}"
     return padded
@@ -96,7 +102,9 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) 
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
     chained = get_megatron_optimizer(engine_config, list(wrapped))
-    assert isinstance(chained, ChainedOptimizer), f"megatron-core built a {type(chained).__name__}, not a chain"
+    assert isinstance(chained, ChainedOptimizer), (
+        f"megatron-core built a {type(chained).__name__}, not a chain"
+    )
     betas = (optimizer_config.adam_beta1, optimizer_config.adam_beta2)
     for optimizer in chained.chained_optimizers:
         assert type(optimizer) is DistributedOptimizer, f"unexpected optimizer {type(optimizer).__name__}"
@@ -113,7 +121,9 @@ def connect_schedule(
     engine_config = wrapped[0].config
     engine_config.grad_scale_func = optimizer.scale_loss
     engine_config.finalize_model_grads_func = finalize_model_grads
-    engine_config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    engine_config.no_sync_func = (
+        [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    )
     if config.parallel.overlap_grad_reduce and len(wrapped) > 1:
         engine_config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
     if config.parallel.overlap_param_gather and len(wrapped) > 1:

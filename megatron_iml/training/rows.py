@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_iml.config import Config
-from megatron_iml.data.loader import Loader, Row, RowLayout
+from megatron_iml.data.loader import Loader, Row, RowLayout, assemble_row
 from megatron_iml.model.row import MicroBatch, to_device
 from megatron_iml.parallel.groups import Layout
 from megatron_iml.parallel.rows import deal_rows
@@ -30,6 +30,8 @@ class StepRows:
     num_real: int
     num_documents: int
     useful_flops: float
+    documents_crc: int
+    """Checksum of the documents of all ranks in order: two runs read the same data iff these agree."""
 
     def digest(self) -> int:
         """A number that differs if a rank reads other rows, or another layout of a row."""
@@ -37,14 +39,13 @@ class StepRows:
         for row in self.rows:
             layout = row.layout if isinstance(row, Row) else row
             crc = zlib.crc32(np.int64(layout.index).tobytes(), crc)
-            crc = zlib.crc32(np.ascontiguousarray(layout.end_T), crc)
-            crc = zlib.crc32(np.ascontiguousarray(layout.positions_T), crc)
+            crc = zlib.crc32(layout.end_T.tobytes(), crc)
+            crc = zlib.crc32(layout.positions_T.tobytes(), crc)
         return crc
 
     def micro_batches(self, layout: Layout) -> list[Iterator[MicroBatch]]:
-        """One iterator per model chunk over the same rows on the device."""
-        batches = [to_device(row, layout.device) for row in self.rows]
-        return [iter(batches) for _ in range(layout.virtual_size)]
+        """One iterator per model chunk over the same rows, moved to the device when their turn comes."""
+        return [(to_device(row, layout.device) for row in self.rows) for _ in range(layout.virtual_size)]
 
 
 def step_rows(loader: Loader, rows: range, config: Config, layout: Layout) -> StepRows:
@@ -53,22 +54,32 @@ def step_rows(loader: Loader, rows: range, config: Config, layout: Layout) -> St
     A range that does not divide evenly is filled up with empty rows, so that every rank runs as many.
     """
     plan = loader.plan
-    targets_R, pairs_R, real_R = plan.targets_R[rows.start : rows.stop], plan.pairs_R[rows.start : rows.stop], None
-    real_R = [plan.num_real(row) for row in rows]
+    targets_R, pairs_R = plan.targets_R[rows.start : rows.stop], plan.pairs_R[rows.start : rows.stop]
+    entries = [plan.entries(row) for row in rows]
+    real_R = [
+        int(row["length"].sum(dtype=np.int64) - row["shared"].sum(dtype=np.int64)) - len(row)
+        for row in entries
+    ]
     costs = [
-        row_flops(config.model, int(real), int(targets), int(pairs))
+        row_flops(config.model, real, int(targets), int(pairs))
         for real, targets, pairs in zip(real_R, targets_R, pairs_R, strict=True)
     ]
-    empty = -len(rows) % layout.data_size
-    own = deal_rows([*costs, *[0.0] * empty], layout.data_size)[layout.data_rank]
-    reads_tokens = layout.is_first_stage or layout.is_last_stage
-    read = loader.row if reads_tokens else loader.layout
-    blank = loader.blank_row if reads_tokens else loader.blank_layout
+    # Interleaved stages take turns in groups of pipeline_size micro-batches.
+    group = layout.data_size * (layout.pipeline_size if layout.virtual_size > 1 else 1)
+    own = deal_rows([*costs, *[0.0] * (-len(rows) % group)], layout.data_size)[layout.data_rank]
+    read = loader.row if layout.is_first_stage or layout.is_last_stage else loader.layout
+    documents = np.concatenate([row["document"] for row in entries])
     return StepRows(
-        rows=[read(rows[index]) if index < len(rows) else blank() for index in own],
+        rows=[read(rows[index]) if index < len(rows) else empty_row(plan.row_length) for index in own],
         num_rows=len(rows),
         num_targets=int(targets_R.sum()),
         num_real=sum(real_R),
-        num_documents=sum(plan.num_documents(row) for row in rows),
+        num_documents=len(documents),
         useful_flops=sum(costs),
+        documents_crc=zlib.crc32(documents.tobytes()),
     )
+
+
+def empty_row(row_length: int) -> Row:
+    """A row of padding: nothing is seen, nothing is predicted."""
+    return assemble_row([], row_length, index=-1)

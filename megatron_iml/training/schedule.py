@@ -1,6 +1,6 @@
 """Learning rate: linear warm-up, then linear decay, as OPT-IML.
 
-    peak 5e-5, 60 warm-up steps, 4000 steps:   step 0 -> 8.3e-7, step 59 -> 5e-5, step 3999 -> 1.3e-8
+peak 5e-5, 60 warm-up steps, 4000 steps:   step 0 -> 8.3e-7, step 59 -> 5e-5, step 3999 -> 1.3e-8
 """
 
 from megatron_iml.config import OptimizerConfig

@@ -112,7 +112,9 @@ def _compare(
     slot_owner_T = _slot_owners(pieces, engine.config.data.row_length)
     if before.losses_M is not None and after.losses_M is not None:
         owner_M = np.concatenate([np.full(len(p.tokens) - p.source_length, i) for i, p in enumerate(pieces)])
-        differs_M = (before.losses_M != after.losses_M).cpu().numpy() | ~np.isfinite(after.losses_M.cpu().numpy())
+        differs_M = (before.losses_M != after.losses_M).cpu().numpy() | ~np.isfinite(
+            after.losses_M.cpu().numpy()
+        )
         leaked = sorted(set(owner_M[differs_M].tolist()) - may_differ)
         if leaked:
             problems.append(f"losses of documents {leaked} changed with document {changed}")

@@ -135,8 +135,8 @@ CASES = {
     "overlapped_gather_has_what_it_needs": (
         1,
         ("parallel.overlap_param_gather=true",),
-        "parallel.overlap_param_gather: got true with use_distributed_optimizer true and "
-        "overlap_grad_reduce false; allowed: true only if both of these are true; set both to true, or ",
+        "parallel.overlap_param_gather: got true with overlap_grad_reduce false; allowed: true only if "
+        "overlap_grad_reduce is true; set parallel.overlap_grad_reduce=true or ",
     ),
     "batch_is_whole_rows": (
         3,

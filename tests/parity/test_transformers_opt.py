@@ -51,12 +51,16 @@ def test_losses_and_gradients_match_transformers(shape, tmp_path):
     theirs = hugging_face_opt(layers, hidden, heads, tmp_path)
     config = tiny_config(num_layers=layers, hidden_size=hidden, num_attention_heads=heads, vocab_size=88)
     rng = np.random.default_rng(1)
-    documents = [(rng.integers(4, 88, length), source) for length, source in ((9, 4), (2, 1), (30, 20), (17, 0))]
+    documents = [
+        (rng.integers(4, 88, length), source) for length, source in ((9, 4), (2, 1), (30, 20), (17, 0))
+    ]
     with single_rank(config) as layout:
         chunks = build_model(config, layout)
         load_hugging_face(tmp_path, chunks, config.model, layout)
         ours = chunks[0].train()
-        row = assemble_row([Piece(tokens.astype(np.int32), source) for tokens, source in documents], 64, index=0)
+        row = assemble_row(
+            [Piece(tokens.astype(np.int32), source) for tokens, source in documents], 64, index=0
+        )
         losses = ours(to_device(row, layout.device))
         losses.sum().backward()
         gradients = {name: parameter.grad for name, parameter in named_global_parameters(chunks)}
@@ -66,7 +70,9 @@ def test_losses_and_gradients_match_transformers(shape, tmp_path):
         ids = torch.from_numpy(tokens)[None]
         logits = theirs(ids[:, :-1]).logits[0]
         first = max(source, 1)
-        expected.append(torch.nn.functional.cross_entropy(logits[first - 1 :], ids[0, first:], reduction="none"))
+        expected.append(
+            torch.nn.functional.cross_entropy(logits[first - 1 :], ids[0, first:], reduction="none")
+        )
     expected_losses = torch.cat(expected)
     expected_losses.sum().backward()
     torch.testing.assert_close(losses, expected_losses, rtol=2e-5, atol=2e-5)

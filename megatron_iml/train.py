@@ -1,0 +1,52 @@
+"""Trains an OPT on a packed corpus: `python -m megatron_iml.train --config run.yaml section.field=value ...`.
+
+One process per GPU, started by torchrun or SLURM; without a launcher, one process. Everything the run needs is in the
+configuration (megatron_iml/config/schema.py); its resolved copy, the metrics and the checkpoints go to
+training.output_directory, from which the same command resumes.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_iml.config import Config, check_config, load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 2 a mistake in the input, 75 stopped by a signal."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_iml.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="YAML file; see examples/recipes")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. training.steps=100")
+    parsed = parser.parse_args(arguments)
+    try:
+        config = load_config(parsed.config, parsed.overrides)
+        check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+        return run(config)
+    except (ValueError, FileNotFoundError) as error:
+        # Every rank finds the same mistake: one of them says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(config: Config) -> int:
+    """Train with a checked configuration."""
+    # torch and megatron-core take seconds to import: not before the arguments are known to be right.
+    from megatron_iml.parallel.groups import start_distributed, stop_distributed
+    from megatron_iml.training.loop import train
+    from megatron_iml.training.prepare import prepare
+    from megatron_iml.training.signals import EXIT_REQUEUE
+
+    layout = start_distributed(config)
+    try:
+        finished = train(prepare(config, layout))
+    finally:
+        stop_distributed()
+    return 0 if finished else EXIT_REQUEUE
+
+
+# megatron-core's background saves start processes: without this guard they would train too.
+if __name__ == "__main__":
+    sys.exit(main())

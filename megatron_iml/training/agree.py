@@ -1,0 +1,34 @@
+"""One voice for a mistake that every rank finds.
+
+A missing file is missed by all ranks; its message should appear once. A file that only one node lacks should name the
+rank. So checks run on every rank, the messages are gathered, and all ranks raise the same error:
+
+    loader = on_every_rank(lambda: open_loader(...))
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+def on_every_rank(action: Callable[[], Result]) -> Result:
+    """Run `action` on every rank; if it fails anywhere with a user's mistake, raise the same ValueError everywhere."""
+    result, message = None, None
+    try:
+        result = action()
+    except (ValueError, OSError) as error:
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    failed = {
+        text: [rank for rank, other in enumerate(messages) if other == text] for text in messages if text
+    }
+    if failed:
+        everywhere = len(next(iter(failed.values()))) == len(messages)
+        raise ValueError(
+            "\n".join(text if everywhere else f"rank {ranks[0]}: {text}" for text, ranks in failed.items())
+        )
+    return result  # type: ignore[return-value]

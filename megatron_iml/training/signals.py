@@ -1,0 +1,31 @@
+"""Leaving in good order: SIGTERM or SIGUSR1 asks for a checkpoint and an exit that a launcher can tell from a crash.
+
+kill -USR1 <pid>        # SLURM: --signal=USR1@180; the run saves, then exits with status 75
+"""
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+EXIT_REQUEUE = 75
+"""sysexits.h EX_TEMPFAIL: nothing is wrong, start me again."""
+
+
+class StopRequest:
+    """Set by a signal on any rank, agreed on by all."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop: a collective, so that no rank saves alone."""
+        flag = torch.tensor([self.received], dtype=torch.int32, device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
