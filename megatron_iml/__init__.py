@@ -1,1 +1,1 @@
-"""megatron-iml: from instruction benchmarks to an instruction-tuned OPT. Importing this imports nothing else."""
+"""megatron-iml: from instruction benchmarks to an instruction-tuned OPT. Importing this imports nothing."""

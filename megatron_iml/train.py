@@ -1,8 +1,8 @@
 """Trains an OPT on a packed corpus: `python -m megatron_iml.train --config run.yaml section.field=value ...`.
 
-One process per GPU, started by torchrun or SLURM; without a launcher, one process. Everything the run needs is in the
-configuration (megatron_iml/config/schema.py); its resolved copy, the metrics and the checkpoints go to
-training.output_directory, from which the same command resumes.
+One process per GPU, started by torchrun or SLURM; without a launcher, one process. Everything the run needs
+is in the configuration (megatron_iml/config/schema.py); its resolved copy, the metrics and the checkpoints go
+to training.output_directory, from which the same command resumes.
 """
 
 import argparse

@@ -1,11 +1,12 @@
 """Document attention in plain torch: the truth that every kernel is measured against.
 
-    out[row] = sum over visible col of dropout(softmax(scale * q[row] . k[col])) * v[col],   visible: col <= row < end[col]
+    out[row] = sum over visible col of dropout(softmax(scale * q[row] . k[col])) * v[col],   visible: col <=
+    row < end[col]
 
 What enters: one packed row's fused projection and its bounds. What leaves: the attention output. Between two
-neighbouring values of `end` all rows see the same earlier columns, so the row falls into segments; each gathers
-just the columns it sees. No mask of the whole row is ever built, and a NaN in one document cannot reach another,
-because its columns are never read.
+neighbouring values of `end` all rows see the same earlier columns, so the row falls into segments; each
+gathers just the columns it sees. No mask of the whole row is ever built, and a NaN in one document cannot
+reach another, because its columns are never read.
 
 Shapes: T tokens of the row, H heads, D head size, R rows of a segment, C columns it sees.
 """
@@ -28,12 +29,11 @@ def document_attention_reference(
     """Attention of every token to the tokens of its own document at or before it.
 
     Args:
-        qkv_TH3D: [tokens, heads, 3, head size], query, key and value of each head side by side; any float type.
-        bounds: who sees whom.
-        softmax_scale: factor on the scores, usually head size ** -0.5.
+        qkv_TH3D: [tokens, heads, 3, head size], query, key and value of each head side by side; any float
+        type. bounds: who sees whom. softmax_scale: factor on the scores, usually head size ** -0.5.
         dropout_probability: share of attention probabilities dropped; the rest is scaled by 1 / (1 - p).
-        dropout_key: Philox key of this row, layer and place.
-        first_head: global index of the first head here, so that masks do not depend on tensor parallelism.
+        dropout_key: Philox key of this row, layer and place. first_head: global index of the first head here,
+        so that masks do not depend on tensor parallelism.
 
     Returns:
         [tokens, heads, head size] in the type of qkv, computed in fp32 (fp64 for fp64 input). Rows that see

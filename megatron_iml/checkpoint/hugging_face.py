@@ -1,7 +1,7 @@
 """Starts from a Hugging Face OPT folder: its weights, sliced for this rank's place in the layout.
 
-What enters: a folder with `config.json` and `model.safetensors` or `pytorch_model.bin` (sharded or not). What leaves:
-the parameters of this rank's chunks, filled. Tensors are read one at a time from the mapped files.
+What enters: a folder with `config.json` and `model.safetensors` or `pytorch_model.bin` (sharded or not). What
+leaves: the parameters of this rank's chunks, filled. Tensors are read one at a time from the mapped files.
 
     load_hugging_face(Path("opt-125m"), chunks, config.model, layout)
 """
@@ -46,7 +46,8 @@ def load_hugging_face(folder: Path, chunks: Sequence[OPTModel], model: ModelConf
 
 
 def open_tensors(folder: Path) -> Callable[[str], Tensor]:
-    """Return a function that reads one tensor by its name without the `model.` prefix that some files carry."""
+    """Return a function that reads one tensor by its name without the `model.` prefix that some files
+    carry."""
     stem, suffix = _find_format(folder)
     index = folder / f"{stem}{suffix}.index.json"
     files = (

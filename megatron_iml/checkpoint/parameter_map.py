@@ -1,8 +1,8 @@
 """Names of OPT's tensors here and in Hugging Face's format: one table, read in both directions.
 
-A `*` stands for the layer's number. Most tensors carry over as they are; the fused projection is the one rule:
-here each head's query, key and value rows lie side by side (a tensor-parallel slice is whole heads), there they
-are three matrices.
+A `*` stands for the layer's number. Most tensors carry over as they are; the fused projection is the one
+rule: here each head's query, key and value rows lie side by side (a tensor-parallel slice is whole heads),
+there they are three matrices.
 
     decoder.layers.7.mlp.linear_fc1.weight                 <->  decoder.layers.7.fc1.weight
     decoder.layers.7.self_attention.linear_qkv.weight      <->  decoder.layers.7.self_attn.{q,k,v}_proj.weight

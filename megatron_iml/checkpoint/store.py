@@ -1,12 +1,14 @@
 """Native checkpoints: written in the background, complete or absent, loadable under any layout.
 
     checkpoints/
-      iter_0000100/               megatron-core's distributed format: weights, fp32 master weights, Adam moments
+      iter_0000100/               megatron-core's distributed format: weights, fp32 master weights, Adam
+      moments
         complete.json             written last: step, rows consumed, resolved config, fingerprints, versions
       latest_checkpointed_iteration.txt
 
-What enters: the engine and a `RunState`. What leaves: files; later, the same numbers bit for bit, under another tensor,
-pipeline or data parallel size if wanted. A folder without complete.json does not exist for a reader.
+What enters: the engine and a `RunState`. What leaves: files; later, the same numbers bit for bit, under
+another tensor, pipeline or data parallel size if wanted. A folder without complete.json does not exist for a
+reader.
 """
 
 import dataclasses
@@ -135,12 +137,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not marker.is_file():
         raise FileNotFoundError(
             f"{folder} is no complete checkpoint: it has no complete.json, which is written last; "
-            f"complete ones beside it: {[path.name for path in complete_checkpoints(folder.parent)] or 'none'}"
+            f"complete ones beside it: "
+            f"{[path.name for path in complete_checkpoints(folder.parent)] or 'none'}"
         )
     record: dict[str, Any] = json.loads(marker.read_text())
     if record["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{folder} has checkpoint format {record['format_version']}, this version reads {FORMAT_VERSION}: "
+            f"{folder} has checkpoint format {record['format_version']}, this version reads "
+            f"{FORMAT_VERSION}: "
             "convert it with the version that wrote it"
         )
     return record
@@ -180,8 +184,8 @@ def check_same_shape(folder: Path, theirs: dict[str, Any], ours: ModelConfig) ->
 def check_master_weights(tensors: dict[str, Any]) -> None:
     """Compare the fp32 weights about to be written with the model's own, slice by slice.
 
-    megatron-core 0.16.1 can gather them shifted (see training/optimizer.py); nothing that reads the files with the
-    same code would notice.
+    megatron-core 0.16.1 can gather them shifted (see training/optimizer.py); nothing that reads the files
+    with the same code would notice.
     """
     weights, masters = {}, {}
     prefix = "optimizer.state.param."
@@ -199,8 +203,10 @@ def check_master_weights(tensors: dict[str, Any]) -> None:
     ]
     if wrong:
         raise RuntimeError(
-            f"rank {dist.get_rank()}: the master weights gathered for saving differ from the model's in {len(wrong)} of "
-            f"{len(masters)} tensors, first {wrong[0]}: nothing was written; this is a bug, please report it with the layout"
+            f"rank {dist.get_rank()}: the master weights gathered for saving differ from the model's in "
+            f"{len(wrong)} of "
+            f"{len(masters)} tensors, first {wrong[0]}: nothing was written; this is a bug, please report "
+            "it with the layout"
         )
 
 

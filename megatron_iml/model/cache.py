@@ -1,7 +1,7 @@
 """Keys and values of the tokens read so far, for generation.
 
-Prompts are read together, packed in one row; each layer then `fill`s the cache with the row's keys and values, cut
-into documents. After that every step reads one token per sequence:
+Prompts are read together, packed in one row; each layer then `fill`s the cache with the row's keys and
+values, cut into documents. After that every step reads one token per sequence:
 
     prompts of 3 and 5 tokens, room for 256 more    ->   keys [2 sequences, 261 positions, heads, head size]
 

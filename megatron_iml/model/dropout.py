@@ -1,8 +1,9 @@
 """Dropout that depends on nothing but the run's seed and global coordinates.
 
-The mask of an element is a pure function (Philox, `kernels/philox.py`) of the seed, the plan's row, the layer, the
-place and the element's global (row, feature): the same under every parallel layout and under recomputation, with no
-generator state to keep. T slots here (a slice of the row under sequence parallelism), H features.
+The mask of an element is a pure function (Philox, `kernels/philox.py`) of the seed, the plan's row, the
+layer, the place and the element's global (row, feature): the same under every parallel layout and under
+recomputation, with no generator state to keep. T slots here (a slice of the row under sequence parallelism),
+H features.
 """
 
 from dataclasses import dataclass

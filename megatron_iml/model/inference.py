@@ -5,8 +5,8 @@
     cache, next_B = scorer.prefill(prompts)      # prompts: integer arrays, any lengths
     next_B = scorer.decode(cache, next_B)        # one more token per sequence
 
-Tensor and data parallelism work as in training; neither a pipeline nor sequence parallelism is used, because a
-checkpoint loads under another layout. Every tensor rank calls with the same arguments.
+Tensor and data parallelism work as in training; neither a pipeline nor sequence parallelism is used, because
+a checkpoint loads under another layout. Every tensor rank calls with the same arguments.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,8 @@ class InferenceModel:
         assert max(lengths) + max_new_tokens - 1 <= self.max_positions, (
             f"prompt of {max(lengths)} and {max_new_tokens} new tokens exceed {self.max_positions} positions"
         )
-        # A document's last token is not read by a training row; a throw-away token makes every prompt token read.
+        # A document's last token is not read by a training row; a throw-away token makes every prompt token
+        # read.
         pieces = [Piece(np.append(prompt, 0), len(prompt)) for prompt in prompts]
         batch = to_device(assemble_row(pieces, sum(lengths), index=0), self.layout.device)
         starts = np.cumsum([0, *lengths[:-1]])
@@ -84,7 +85,6 @@ class InferenceModel:
     @torch.no_grad()
     def decode(self, cache: KeyValueCache, tokens_B: Tokens) -> Tokens:
         """Append one token to every cached sequence and return the most likely next ones, int64 [B]."""
-        sequences = len(tokens_B)
         logits_BV = self.model.next_token_logits(
             torch.from_numpy(np.asarray(tokens_B, dtype=np.int64)).to(self.layout.device),
             cache.lengths_B,

@@ -1,8 +1,9 @@
 """Random weights that do not depend on the layout.
 
-Each tensor is drawn whole from a generator seeded with (seed, global name), then sliced: the same model under any
-tensor, pipeline and data parallel size. The recipe is metaseq's `--full-megatron-init`: N(0, std) everywhere, output
-projections N(0, std / sqrt(2 x layers)), biases 0, LayerNorm 1 and 0, rows that stand for padding 0.
+Each tensor is drawn whole from a generator seeded with (seed, global name), then sliced: the same model under
+any tensor, pipeline and data parallel size. The recipe is metaseq's `--full-megatron-init`: N(0, std)
+everywhere, output projections N(0, std / sqrt(2 x layers)), biases 0, LayerNorm 1 and 0, rows that stand for
+padding 0.
 """
 
 import hashlib

@@ -3,11 +3,13 @@
     x = x + dropout(attention(layer_norm(x)))
     x = x + dropout(fc2(relu(fc1(layer_norm(x)))))
 
-It fills the layer slot of megatron-core's TransformerBlock, which builds the stage's layers, recomputes them in the
-backward when asked and shards their state; the parallel linears are megatron-core's too. The block hands every layer
-the same `RowContext` (through the argument it calls packed_seq_params): who sees whom, and which dropout masks to draw.
+It fills the layer slot of megatron-core's TransformerBlock, which builds the stage's layers, recomputes them
+in the backward when asked and shards their state; the parallel linears are megatron-core's too. The block
+hands every layer the same `RowContext` (through the argument it calls packed_seq_params): who sees whom, and
+which dropout masks to draw.
 
-Shapes: T slots of the row (T / tensor size under sequence parallelism), N heads here, D head size, F features.
+Shapes: T slots of the row (T / tensor size under sequence parallelism), N heads here, D head size, F
+features.
 """
 
 from typing import Any
@@ -29,7 +31,8 @@ from .row import RowContext
 
 
 class LayerNorm(torch.nn.Module):
-    """LayerNorm with affine weights. The constructor's signature is the one megatron-core builds norms with."""
+    """LayerNorm with affine weights. The constructor's signature is the one megatron-core builds norms
+    with."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()

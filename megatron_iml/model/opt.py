@@ -1,13 +1,14 @@
 """OPT: embedding, decoder, LM head and loss, on one pipeline stage of megatron-core.
 
-What enters: one packed row (`MicroBatch`) on every rank of every stage; tokens on the first, targets on the last.
-What leaves: hidden states [T, 1, F] for the next stage, or on the last stage the negative log-likelihood of each
-target, fp32 [M]. Labels are pairs (target_rows, target_ids), so the LM head runs on target rows only.
+What enters: one packed row (`MicroBatch`) on every rank of every stage; tokens on the first, targets on the
+last. What leaves: hidden states [T, 1, F] for the next stage, or on the last stage the negative
+log-likelihood of each target, fp32 [M]. Labels are pairs (target_rows, target_ids), so the LM head runs on
+target rows only.
 
     losses_M = model(micro_batch);  losses_M.sum()      # divided once, by the global number of targets
 
-Read `layer.py` for a layer. Attributes that megatron-core reads by name: pre_process, post_process, vp_stage, model_type,
-share_embeddings_and_output_weights, embedding, output_layer, and `set_input_tensor`.
+Read `layer.py` for a layer. Attributes that megatron-core reads by name: pre_process, post_process, vp_stage,
+model_type, share_embeddings_and_output_weights, embedding, output_layer, and `set_input_tensor`.
 
 Shapes: T slots of the row, M targets, F features, V vocabulary rows here, B sequences being decoded.
 """

@@ -1,10 +1,11 @@
 """Parameters by their global names, whatever the layout: what initialisation and weight import share.
 
-Each stage numbers its layers from 0; globally, layer 3 is `decoder.layers.3` on whichever rank it lives. The last
-stage's copy of the tied embedding carries the embedding's name.
+Each stage numbers its layers from 0; globally, layer 3 is `decoder.layers.3` on whichever rank it lives. The
+last stage's copy of the tied embedding carries the embedding's name.
 
-    first stage of two, OPT with 4 layers:   embedding.word_embeddings.weight, ..., decoder.layers.1.mlp.linear_fc2.bias
-    last stage:                              decoder.layers.2.input_layernorm.weight, ..., embedding.word_embeddings.weight
+    first stage of two, OPT with 4 layers:   embedding.word_embeddings.weight, ...,
+    decoder.layers.1.mlp.linear_fc2.bias last stage:
+    decoder.layers.2.input_layernorm.weight, ..., embedding.word_embeddings.weight
 """
 
 import re
@@ -32,7 +33,8 @@ def named_global_parameters(chunks: Sequence[OPTModel]) -> Iterator[tuple[str, t
 
 
 def tensor_parallel_dim(parameter: torch.nn.Parameter) -> int | None:
-    """The dimension along which tensor parallelism cuts a parameter, or None if every rank holds all of it."""
+    """The dimension along which tensor parallelism cuts a parameter, or None if every rank holds all of
+    it."""
     # megatron-core marks sharded parameters with attributes of its own.
     attributes = vars(parameter)
     return attributes["partition_dim"] if attributes.get("tensor_model_parallel", False) else None

@@ -1,10 +1,12 @@
-"""From our `Config` to megatron-core's `TransformerConfig`: the engine's 247 fields, of which OPT needs these.
+"""From our `Config` to megatron-core's `TransformerConfig`: the engine's 247 fields, of which OPT needs
+these.
 
     build_transformer_config(config)   ->   TransformerConfig(num_layers=12, hidden_size=768, ...)
 
-Traps answered here, each silent in megatron-core 0.16: batched point-to-point crosses messages in an interleaved
-pipeline of two stages, and overlapped point-to-point with output deallocation sends overwritten data on gloo, so
-neither is used; losses are sums divided once by the global number of targets (`calculate_per_token_loss`).
+Traps answered here, each silent in megatron-core 0.16: batched point-to-point crosses messages in an
+interleaved pipeline of two stages, and overlapped point-to-point with output deallocation sends overwritten
+data on gloo, so neither is used; losses are sums divided once by the global number of targets
+(`calculate_per_token_loss`).
 """
 
 import torch
@@ -18,8 +20,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 def leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
     """Weights come from `initialise.py` or from a checkpoint, never from a rank's generator.
 
-    Not `perform_initialization=False`: that leaves the tensor-parallel attributes unset, and megatron-core then
-    leaves those weights out of the gradient norm.
+    Not `perform_initialization=False`: that leaves the tensor-parallel attributes unset, and megatron-core
+    then leaves those weights out of the gradient norm.
     """
     return weight
 

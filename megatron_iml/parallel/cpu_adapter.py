@@ -1,11 +1,12 @@
 """Lets megatron-core run on the CPU, over gloo, when there is no CUDA.
 
-megatron-core asks for `device="cuda"`, calls `.cuda()`, compares `tensor.type()` with "torch.cuda.FloatTensor"
-and keeps CUDA generator states. `install_cpu_adapter` answers each of these with the CPU, so that every
-tensor, sequence, pipeline and data parallel layout can be proven on a machine without a GPU:
+megatron-core asks for `device="cuda"`, calls `.cuda()`, compares `tensor.type()` with
+"torch.cuda.FloatTensor" and keeps CUDA generator states. `install_cpu_adapter` answers each of these with the
+CPU, so that every tensor, sequence, pipeline and data parallel layout can be proven on a machine without a
+GPU:
 
-    install_cpu_adapter()                       # before the first process group; does nothing if CUDA is there
-    torch.zeros(2, device="cuda").device        # cpu
+    install_cpu_adapter()                       # before the first process group; does nothing if CUDA is
+    there torch.zeros(2, device="cuda").device        # cpu
 
 It is a patch, and the only one beside the weight-gradient hook. It costs some overhead per operation and
 lives in one thread: a spawned process must install its own.
@@ -76,7 +77,8 @@ def _no_stream(stream: Any) -> Iterator[None]:
 
 
 def install_cpu_adapter() -> None:
-    """Make the CPU answer for CUDA in this thread; without effect where CUDA is available or already answered."""
+    """Make the CPU answer for CUDA in this thread; without effect where CUDA is available or already
+    answered."""
     if torch.cuda.is_available() or torch.cuda.current_device is _current_device:
         return
     for owner, name, stand_in in (

@@ -1,8 +1,8 @@
 """Process groups of a run: the only place that reads megatron-core's `parallel_state`.
 
 What enters: a checked `Config` and the environment that torchrun or SLURM sets (RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR, MASTER_PORT). What leaves: a `Layout`, this rank's place in the tensor x pipeline x data grid, which
-is passed to whoever needs it; nobody asks a global.
+MASTER_ADDR, MASTER_PORT). What leaves: a `Layout`, this rank's place in the tensor x pipeline x data grid,
+which is passed to whoever needs it; nobody asks a global.
 
     world 8, TP2, PP2:   data parallel size 2; rank 5 has tensor rank 1, data rank 0, pipeline rank 1
 """
@@ -110,7 +110,8 @@ def place_in_grid(config: Config, device: torch.device) -> Layout:
 
 
 def leave_grid() -> None:
-    """Drop megatron-core's groups but stay in the world, so that another layout can be tried in one process."""
+    """Drop megatron-core's groups but stay in the world, so that another layout can be tried in one
+    process."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

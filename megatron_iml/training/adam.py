@@ -1,11 +1,11 @@
 """Adam with decoupled weight decay, in the form megatron-core's distributed optimizer can save and reshard.
 
-    m = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g^2
-    p = p - lr (weight_decay p + m_hat / (sqrt(v_hat) + eps)),   m_hat = m / (1 - beta1^t), v_hat = v / (1 - beta2^t)
+    m = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g^2 p = p - lr (weight_decay p + m_hat /
+    (sqrt(v_hat) + eps)),   m_hat = m / (1 - beta1^t), v_hat = v / (1 - beta2^t)
 
-The arithmetic is torch's fused kernel. What differs from `torch.optim.AdamW` is where the step count lives: in the
-parameter group, one for all, because megatron-core's reshardable checkpoints keep per-parameter tensors only
-(with torch's own AdamW a load dies with `KeyError: 'step'`).
+The arithmetic is torch's fused kernel. What differs from `torch.optim.AdamW` is where the step count lives:
+in the parameter group, one for all, because megatron-core's reshardable checkpoints keep per-parameter
+tensors only (with torch's own AdamW a load dies with `KeyError: 'step'`).
 """
 
 from typing import Any
@@ -21,9 +21,8 @@ class Adam(torch.optim.Optimizer):
         """Take over the groups.
 
         Args:
-            groups: megatron-core's parameter groups; each has `params` (fp32 shards), `lr` and `weight_decay`.
-            betas: decay of the two moments.
-            eps: added to the root of the second moment.
+            groups: megatron-core's parameter groups; each has `params` (fp32 shards), `lr` and
+            `weight_decay`. betas: decay of the two moments. eps: added to the root of the second moment.
         """
         super().__init__([torch.nn.Parameter(torch.empty(0))], {"betas": betas, "eps": eps})
         # The shards are views of the gradient buffer, not leaves, which add_param_group would refuse.

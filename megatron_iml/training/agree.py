@@ -1,7 +1,7 @@
 """One voice for a mistake that every rank finds.
 
-A missing file is missed by all ranks; its message should appear once. A file that only one node lacks should name the
-rank. So checks run on every rank, the messages are gathered, and all ranks raise the same error:
+A missing file is missed by all ranks; its message should appear once. A file that only one node lacks should
+name the rank. So checks run on every rank, the messages are gathered, and all ranks raise the same error:
 
     loader = on_every_rank(lambda: open_loader(...))
 """
@@ -15,7 +15,8 @@ Result = TypeVar("Result")
 
 
 def on_every_rank(action: Callable[[], Result]) -> Result:
-    """Run `action` on every rank; if it fails anywhere with a user's mistake, raise the same ValueError everywhere."""
+    """Run `action` on every rank; if it fails anywhere with a user's mistake, raise the same ValueError
+    everywhere."""
     result, message = None, None
     try:
         result = action()

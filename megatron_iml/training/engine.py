@@ -3,7 +3,8 @@
     engine = build_engine(config, layout)             # weights allocated, still to be filled
     losses = engine.run(iterators, num_micro_batches, forward_only=False)
 
-The schedule is megatron-core's. Each micro-batch is one packed row, so shapes are fixed: [row_length, 1, hidden].
+The schedule is megatron-core's. Each micro-batch is one packed row, so shapes are fixed: [row_length, 1,
+hidden].
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +47,8 @@ class Engine:
             forward_only: no gradients, and no dropout.
 
         Returns:
-            On the last stage the per-target losses of every micro-batch, fp32 [M] each, detached; elsewhere nothing.
+            On the last stage the per-target losses of every micro-batch, fp32 [M] each, detached; elsewhere
+            nothing.
         """
         for chunk in self.wrapped:
             chunk.train(not forward_only)
@@ -62,7 +64,8 @@ class Engine:
         )
 
     def gather_weights(self) -> None:
-        """Finish a parameter gather that would otherwise overlap the next forward; weights are whole after this."""
+        """Finish a parameter gather that would otherwise overlap the next forward; weights are whole after
+        this."""
         if self.config.parallel.overlap_param_gather:
             for chunk in self.wrapped:
                 chunk.start_param_sync(force_sync=True)
@@ -85,15 +88,16 @@ def _forward_step(
 def _sum_of_losses(losses_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Loss sum, number of targets, and what to report.
 
-    Three values and `calculate_per_token_loss`: megatron-core then adds the counts of all micro-batches and data
-    ranks and divides the gradients once by the total, instead of averaging averages.
+    Three values and `calculate_per_token_loss`: megatron-core then adds the counts of all micro-batches and
+    data ranks and divides the gradients once by the total, instead of averaging averages.
     """
     count = torch.tensor(losses_M.numel(), dtype=torch.int, device=losses_M.device)
     return losses_M.sum(), count, losses_M.detach()
 
 
 def build_engine(config: Config, layout: Layout) -> Engine:
-    """Allocate model, gradient buffers and optimizer. Weights are filled by the caller, then `optimizer.reload`ed."""
+    """Allocate model, gradient buffers and optimizer. Weights are filled by the caller, then
+    `optimizer.reload`ed."""
     chunks = build_model(config, layout)
     wrapped = wrap_model(chunks, config)
     return Engine(config, layout, chunks, wrapped, build_optimizer(wrapped, config))

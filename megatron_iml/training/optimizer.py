@@ -1,10 +1,12 @@
 """Gradient buffers and the distributed optimizer around a model.
 
     wrapped = wrap_model(chunks, config)              # megatron-core's DDP: contiguous fp32 gradient buffers
-    optimizer = build_optimizer(wrapped, config)      # fp32 master weights and moments, sharded over data ranks
+    optimizer = build_optimizer(wrapped, config)      # fp32 master weights and moments, sharded over data
+    ranks
 
-Two remedies for megatron-core 0.16.1 live here, both for checkpoints that reshard: our Adam (`adam.py`) takes the
-place of torch's, and `PaddedBucketOptimizer` puts back the padding between gradient buckets that a save leaves out.
+Two remedies for megatron-core 0.16.1 live here, both for checkpoints that reshard: our Adam (`adam.py`) takes
+the place of torch's, and `PaddedBucketOptimizer` puts back the padding between gradient buckets that a save
+leaves out.
 """
 
 from collections.abc import Sequence
@@ -31,9 +33,9 @@ class PaddedBucketOptimizer(DistributedOptimizer):
     """A distributed optimizer whose reshardable save survives padded gradient buckets.
 
     megatron-core packs the buckets' states without the padding between them, then cuts out each parameter at
-    offsets that include it: with any padded bucket but the last, every later parameter is saved shifted, silently.
-    Overlapped reduction, a tied embedding under a pipeline (a bucket of its own) and data-parallel sizes that are
-    not powers of two all cause it.
+    offsets that include it: with any padded bucket but the last, every later parameter is saved shifted,
+    silently. Overlapped reduction, a tied embedding under a pipeline (a bucket of its own) and data-parallel
+    sizes that are not powers of two all cause it.
     """
 
     def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
@@ -80,7 +82,8 @@ def wrap_model(chunks: Sequence[OPTModel], config: Config) -> list[DistributedDa
 
 
 def build_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) -> ChainedOptimizer:
-    """Adam on fp32 master weights sharded over data ranks, with clipping and dynamic loss scaling for fp16."""
+    """Adam on fp32 master weights sharded over data ranks, with clipping and dynamic loss scaling for
+    fp16."""
     optimizer_config, precision = config.optimizer, config.training.precision
     engine_config = EngineOptimizerConfig(
         optimizer="adam",

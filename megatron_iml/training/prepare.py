@@ -1,7 +1,7 @@
 """Everything before the first step: data opened and checked, model built and filled, isolation proven.
 
-What enters: a checked `Config` and this rank's place. What leaves: a `Run`. Whatever a user can get wrong is found
-here, on every rank, and said once (`agree.py`).
+What enters: a checked `Config` and this rank's place. What leaves: a `Run`. Whatever a user can get wrong is
+found here, on every rank, and said once (`agree.py`).
 """
 
 from collections.abc import Iterator
@@ -48,7 +48,8 @@ class Run:
         parameters = parameter_count(model)
         yield f"OPT {model.num_layers} layers x {model.hidden_size}, {parameters:,} parameters, {self.start}"
         yield (
-            f"world {layout.world_size}: tensor {layout.tensor_size} x pipeline {layout.pipeline_size} x data "
+            f"world {layout.world_size}: tensor {layout.tensor_size} x pipeline {layout.pipeline_size} x "
+            "data "
             f"{layout.data_size} on {layout.device.type}, {self.config.training.precision}; "
             f"{rows_per_step(self.config)} rows of {self.config.data.row_length} a step, "
             f"{micro_batches_per_step(self.config, layout.world_size)} micro-batches a rank"
@@ -82,8 +83,10 @@ def _open_data(config: Config) -> tuple[Loader, dict[str, Loader]]:
     train_loader = open_loader(Path(data.train_corpus), Path(data.train_plan), config)
     if train_loader.plan.num_rows < needed:
         raise ValueError(
-            f"data.train_plan {data.train_plan} has {train_loader.plan.num_rows} rows; {config.training.steps} steps of "
-            f"{rows_per_step(config)} rows need {needed}: build a plan with --rows {needed}, or lower training.steps"
+            f"data.train_plan {data.train_plan} has {train_loader.plan.num_rows} rows; "
+            f"{config.training.steps} steps of "
+            f"{rows_per_step(config)} rows need {needed}: build a plan with --rows {needed}, or lower "
+            "training.steps"
         )
     validation = {
         level: open_loader(Path(data.validation_corpus or ""), Path(plan), config)
@@ -102,8 +105,10 @@ def open_loader(corpus_folder: Path, plan_folder: Path, config: Config) -> Loade
         )
     if corpus.padded_vocab_size != config.model.vocab_size:
         raise ValueError(
-            f"corpus {corpus_folder} was written with a vocabulary of {corpus.padded_vocab_size} ids (padded), "
-            f"model.vocab_size is {config.model.vocab_size}: set model.vocab_size={corpus.padded_vocab_size}, "
+            f"corpus {corpus_folder} was written with a vocabulary of {corpus.padded_vocab_size} ids "
+            "(padded), "
+            f"model.vocab_size is {config.model.vocab_size}: set "
+            f"model.vocab_size={corpus.padded_vocab_size}, "
             "or build the corpus with the model's tokenizer"
         )
     return Loader(corpus, plan)
@@ -118,7 +123,8 @@ def _fill(engine: Engine, checkpoints: Path, plan_fingerprint: str) -> tuple[Run
         if state.plan_fingerprint != plan_fingerprint:
             raise ValueError(
                 f"checkpoint {complete[-1]} was trained on plan {state.plan_fingerprint}, data.train_plan is "
-                f"{plan_fingerprint}: name the same plan, or start afresh in another training.output_directory"
+                f"{plan_fingerprint}: name the same plan, or start afresh in another "
+                "training.output_directory"
             )
         return state, f"from {complete[-1]}"
     if complete:
@@ -141,7 +147,8 @@ def load_initial_weights(folder: Path, engine: Engine) -> None:
     """Fill the weights from a Hugging Face OPT folder or a native checkpoint."""
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"checkpoint.initial_weights {folder} is no folder: name a Hugging Face OPT folder or a native checkpoint, "
+            f"checkpoint.initial_weights {folder} is no folder: name a Hugging Face OPT folder or a "
+            "native checkpoint, "
             "or set model.initialisation=random"
         )
     if is_hugging_face_folder(folder):

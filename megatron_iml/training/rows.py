@@ -1,8 +1,9 @@
 """Which rows this rank runs in a step, and what it reads of each.
 
-What enters: the loader over a mapped plan, this rank's place. What leaves: `StepRows`, the dealt rows of one step with
-the numbers every rank knows beforehand: targets, real tokens, useful FLOPs. Tokens and targets are read on the first
-and last stage only; every stage reads the row's layout from the plan itself, nothing is broadcast.
+What enters: the loader over a mapped plan, this rank's place. What leaves: `StepRows`, the dealt rows of one
+step with the numbers every rank knows beforehand: targets, real tokens, useful FLOPs. Tokens and targets are
+read on the first and last stage only; every stage reads the row's layout from the plan itself, nothing is
+broadcast.
 """
 
 import zlib

@@ -1,12 +1,14 @@
 """Proof at start-up, on the layout that will train, that no document sees another.
 
 One row holds plain documents, a trunk with two branches, and padding. It runs forward and backward; then one
-document's tokens change and it runs again. Every loss of a document that does not descend from the changed one, and
-every gradient with respect to its embeddings, must be the same bits as before; the changed document's own losses must
-differ, or the test proves nothing. Dropout stays on: masks do not depend on tokens.
+document's tokens change and it runs again. Every loss of a document that does not descend from the changed
+one, and every gradient with respect to its embeddings, must be the same bits as before; the changed
+document's own losses must differ, or the test proves nothing. Dropout stays on: masks do not depend on
+tokens.
 
     documents 0 1 2 | trunk 3 with branches 4, 5 | padding      change 1: only 1 may differ
-                                                                change 3 in its shared prefix: 3, 4 and 5 may differ
+                                                                change 3 in its shared prefix: 3, 4 and 5 may
+                                                                differ
 """
 
 from dataclasses import dataclass
@@ -28,7 +30,8 @@ BRANCHES = (4, 5)
 
 @dataclass(frozen=True)
 class Trace:
-    """What one run of the row left on this rank: losses on the last stage, embedding gradients on the first."""
+    """What one run of the row left on this rank: losses on the last stage, embedding gradients on the
+    first."""
 
     losses_M: Tensor | None
     gradients_TF: Tensor | None
@@ -54,7 +57,8 @@ def run_self_test(engine: Engine) -> None:
 
 
 def sample_documents(row_length: int, vocab_size: int) -> list[Piece]:
-    """Six documents of odd lengths that leave some padding; every token after the first is a target or source."""
+    """Six documents of odd lengths that leave some padding; every token after the first is a target or
+    source."""
     rng = np.random.default_rng(0)
     unit = max(row_length // 16, 3)
     lengths = [unit, 2 * unit + 1, 3, 3 * unit, 2 * unit, 2 * unit - 1]
@@ -68,7 +72,8 @@ def sample_documents(row_length: int, vocab_size: int) -> list[Piece]:
 
 
 def _change(pieces: list[Piece], changed: int, vocab_size: int) -> list[Piece]:
-    """Change one token of a document: of a trunk, one inside the shared prefix, which the branches then carry too."""
+    """Change one token of a document: of a trunk, one inside the shared prefix, which the branches then carry
+    too."""
     place = pieces[changed].shared
     token = 4 + (int(pieces[changed].tokens[place]) - 3) % (vocab_size - 4)
     result = list(pieces)
@@ -85,7 +90,8 @@ def _row(engine: Engine, pieces: list[Piece]) -> Row:
 
 
 def _trace(engine: Engine, row: Row) -> Trace:
-    """Run the row through the real schedule, once per pipeline stage so that interleaving has its micro-batches."""
+    """Run the row through the real schedule, once per pipeline stage so that interleaving has its
+    micro-batches."""
     layout = engine.layout
     gradients: list[Tensor] = []
 

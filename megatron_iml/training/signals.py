@@ -1,4 +1,5 @@
-"""Leaving in good order: SIGTERM or SIGUSR1 asks for a checkpoint and an exit that a launcher can tell from a crash.
+"""Leaving in good order: SIGTERM or SIGUSR1 asks for a checkpoint and an exit that a launcher can tell from a
+crash.
 
 kill -USR1 <pid>        # SLURM: --signal=USR1@180; the run saves, then exits with status 75
 """

@@ -1,8 +1,8 @@
 """One optimizer step, top to bottom.
 
-What enters: the step's rows and its learning rate. What leaves: a `StepResult`, equal on every rank. The loss is the
-sum over all targets of the global batch divided once by their number, which the plan knew beforehand: a mismatch
-stops the job.
+What enters: the step's rows and its learning rate. What leaves: a `StepResult`, equal on every rank. The loss
+is the sum over all targets of the global batch divided once by their number, which the plan knew beforehand:
+a mismatch stops the job.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,8 @@ def train_step(engine: Engine, rows: StepRows, learning_rate: float) -> StepResu
     updated, grad_norm, _ = engine.optimizer.step()
     if updated and not torch.isfinite(torch.tensor([loss_sum, float(grad_norm)])).all():
         raise FloatingPointError(
-            f"loss {loss_sum / num_targets} with gradient norm {grad_norm}: the run has diverged; go on from an earlier "
+            f"loss {loss_sum / num_targets} with gradient norm {grad_norm}: the run has diverged; go on "
+            "from an earlier "
             "checkpoint with a lower optimizer.learning_rate"
         )
     return StepResult(
@@ -69,7 +70,8 @@ def sum_over_ranks(engine: Engine, losses: list[Tensor]) -> tuple[float, int]:
 
 
 def check_same_rows(engine: Engine, rows: StepRows) -> None:
-    """All ranks that share a row must read the same layout of it; a middle stage that does not would leak silently."""
+    """All ranks that share a row must read the same layout of it; a middle stage that does not would leak
+    silently."""
     group = engine.layout.groups.mp
     digest = torch.tensor([rows.digest()], dtype=torch.int64, device=engine.layout.device)
     digests = [torch.empty_like(digest) for _ in range(group.size())]
@@ -80,7 +82,8 @@ def check_same_rows(engine: Engine, rows: StepRows) -> None:
         ranks = dist.get_process_group_ranks(group)
         odd = [rank for rank, value in zip(ranks, values, strict=True) if value != common]
         raise RuntimeError(
-            f"ranks {odd} read other rows of the plan than the rest of ranks {ranks}: check that data.train_plan is "
+            f"ranks {odd} read other rows of the plan than the rest of ranks {ranks}: check that "
+            "data.train_plan is "
             "the same folder on every node"
         )
 
@@ -89,6 +92,7 @@ def check_targets(num_targets: int, rows: StepRows) -> None:
     """The plan's count and the model's count are one number."""
     if num_targets != rows.num_targets:
         raise RuntimeError(
-            f"the model saw {num_targets} targets in this step but the plan holds {rows.num_targets}: plan and corpus "
+            f"the model saw {num_targets} targets in this step but the plan holds {rows.num_targets}: "
+            "plan and corpus "
             "do not belong together, or a rank ran other rows; build the plan again for this corpus"
         )

@@ -2,12 +2,12 @@
 
 import numpy as np
 import torch
+from helpers import single_rank, tiny_config
 
 from megatron_iml.data.loader import Piece, assemble_row
 from megatron_iml.model.build import build_model
 from megatron_iml.model.inference import InferenceModel
 from megatron_iml.model.initialise import initialise
-from helpers import single_rank, tiny_config
 
 
 def losses_of_all_tokens(model: InferenceModel, tokens: np.ndarray) -> np.ndarray:

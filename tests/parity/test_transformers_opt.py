@@ -6,6 +6,7 @@ One document per Hugging Face batch row, never Hugging Face packing, is the orac
 import numpy as np
 import pytest
 import torch
+from helpers import single_rank, tiny_config
 
 from megatron_iml.checkpoint.hugging_face import load_hugging_face
 from megatron_iml.checkpoint.parameter_map import fuse_qkv, hugging_face_names
@@ -13,7 +14,6 @@ from megatron_iml.data.loader import Piece, assemble_row
 from megatron_iml.model.build import build_model
 from megatron_iml.model.parameters import named_global_parameters
 from megatron_iml.model.row import to_device
-from helpers import single_rank, tiny_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -81,5 +81,6 @@ def test_losses_and_gradients_match_transformers(shape, tmp_path):
         parts = [reference[part] for part in hugging_face_names(name)]
         truth = fuse_qkv(parts, hidden // heads) if len(parts) == 3 else parts[0]
         error = (gradient - truth).abs().max() / truth.abs().max().clamp_min(1e-6)
-        # The key bias cannot change a softmax: its gradient is rounding noise, so the scale is the whole tensor's.
+        # The key bias cannot change a softmax: its gradient is rounding noise, so the scale is the whole
+        # tensor's.
         assert error < 1e-4, f"{name}: relative error {error:.2e}"
