@@ -31,6 +31,7 @@ FLOORS = {
     "evaluation": 6,
     "train": 7,
     "evaluate": 7,
+    "generate": 7,
     "tools": 8,
     "benchmarks": 8,
 }

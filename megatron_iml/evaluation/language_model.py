@@ -13,7 +13,7 @@ Under model parallelism every rank of one model makes the same calls and receive
 """
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,8 +23,8 @@ from megatron_iml.data.loader import Row
 class KeyValueCache(Protocol):
     """Keys and values of B sequences in decoding; opaque but for dropping the finished ones."""
 
-    def keep(self, indices_K: np.ndarray, /) -> None:
-        """Keep only these sequences (int64, increasing, indices into the present batch), in this order."""
+    def keep(self, indices_K: Any, /) -> None:
+        """Keep only these sequences: an int64 array, increasing, of indices into the present batch."""
         ...
 
 

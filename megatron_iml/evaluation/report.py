@@ -1,8 +1,8 @@
 """The report of an evaluation as files: `report.json` for machines, `report.md` for people.
 
-What enters: conditions and task scores, and perhaps those of a baseline. What leaves: the two files, written
-atomically. `report.json` holds the task scores and every average made of them; `read_report` needs only the
-former, and is how an earlier evaluation becomes the baseline of a later one.
+What enters: conditions and task scores, and perhaps those of a baseline. What leaves: the two files, each
+whole or absent, and plots. `report.json` holds the task scores and every average made of them; `read_report`
+needs only the former, and is how an earlier evaluation becomes the baseline of a later one.
 
     {"format_version": 1, "conditions": {"checkpoint": ..., "split": "test", ...},
      "overall": {"mean": 0.55, "standard_error": 0.01, "count": 12},
@@ -18,8 +18,9 @@ from typing import Any
 import orjson
 
 from megatron_iml.evaluation.aggregate import Aggregate, Estimate, TaskScore, aggregate
-from megatron_iml.evaluation.conditions import RESULT_FORMAT_VERSION, Conditions, check_comparable
+from megatron_iml.evaluation.conditions import RESULT_FORMAT_VERSION, Conditions
 from megatron_iml.evaluation.files import write_atomically
+from megatron_iml.evaluation.plots import plot_levels, plot_loss
 from megatron_iml.evaluation.tables import report_tables, to_markdown
 
 READING_NOTES = """\
@@ -40,18 +41,17 @@ class Report:
     scores: Aggregate
 
 
-def build_report(conditions: Conditions, tasks: list[TaskScore], baseline: Report | None) -> Report:
-    """Average the tasks; raises ValueError if the baseline was evaluated under other conditions."""
-    if baseline is not None:
-        check_comparable(conditions, baseline.conditions)
-    return Report(conditions, aggregate(tasks))
-
-
-def write_report(folder: Path, report: Report, baseline: Report | None) -> None:
-    """Write `report.json` and `report.md` into an existing folder."""
+def write_report(folder: Path, report: Report, baseline: Report | None, metrics: Path | None) -> None:
+    """Write `report.json`, `report.md` and `levels.png`, and `loss.png` if there is a metrics.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_levels(folder / "levels.png", report.scores, None if baseline is None else baseline.scores)
+    if metrics is not None:
+        plot_loss(folder / "loss.png", metrics)
     content = {**_to_json(report), "baseline": None if baseline is None else _to_json(baseline)}
     write_atomically(folder / "report.json", orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
-    write_atomically(folder / "report.md", report_markdown(report, baseline).encode())
+    write_atomically(
+        folder / "report.md", report_markdown(report, baseline, has_loss=metrics is not None).encode()
+    )
 
 
 def read_report(folder: Path) -> Report:
@@ -72,7 +72,7 @@ def read_report(folder: Path) -> Report:
     return Report(Conditions(**content["conditions"]), aggregate(tasks))
 
 
-def report_markdown(report: Report, baseline: Report | None) -> str:
+def report_markdown(report: Report, baseline: Report | None, *, has_loss: bool) -> str:
     """The whole of `report.md`."""
     rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in asdict(report.conditions).items()]
     parts = [
@@ -85,6 +85,9 @@ def report_markdown(report: Report, baseline: Report | None) -> str:
             f"Baseline: {theirs.checkpoint}, fingerprint {theirs.checkpoint_fingerprint}, "
             f"inference prefix {theirs.inference_prefix}."
         )
+    parts.append("![Scores by level](levels.png)")
+    if has_loss:
+        parts.append("![Training loss](loss.png)")
     tables = report_tables(report.scores, None if baseline is None else baseline.scores)
     return "\n\n".join([*parts, *map(to_markdown, tables), READING_NOTES])
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import orjson
 import pytest
 
-from megatron_iml.evaluation.aggregate import Estimate, TaskScore
+from megatron_iml.evaluation.aggregate import Estimate, TaskScore, aggregate
 from megatron_iml.evaluation.conditions import Conditions
-from megatron_iml.evaluation.report import Report, build_report, read_report, report_markdown, write_report
+from megatron_iml.evaluation.report import Report, read_report, report_markdown, write_report
 
 COPA = TaskScore("copa", "flan", "Cause Effect", "fully_held_out", "accuracy", Estimate(0.5, 0.1, 26), 2, 0)
 SQUAD = TaskScore("squad|v1", "sni", "QA", "fully_supervised", "rouge_l", Estimate(0.9, None, 1), 0, 1)
@@ -16,7 +16,7 @@ SQUAD = TaskScore("squad|v1", "sni", "QA", "fully_supervised", "rouge_l", Estima
 
 @pytest.fixture
 def report(conditions: Conditions) -> Report:
-    return build_report(conditions, [SQUAD, COPA], None)
+    return Report(conditions, aggregate([SQUAD, COPA]))
 
 
 @pytest.fixture
@@ -24,12 +24,12 @@ def baseline(conditions: Conditions) -> Report:
     base = replace(conditions, checkpoint="opt", checkpoint_fingerprint="c0", inference_prefix="eos")
     copa = replace(COPA, estimate=Estimate(0.25, 0.08, 26))
     squad = replace(SQUAD, estimate=Estimate(1.0, None, 1))
-    return build_report(base, [copa, squad], None)
+    return Report(base, aggregate([copa, squad]))
 
 
 def test_json_holds_conditions_tasks_and_every_average(report: Report, tmp_path: Path) -> None:
-    write_report(tmp_path, report, None)
-    content = orjson.loads((tmp_path / "report.json").read_bytes())
+    write_report(tmp_path / "new", report, None, None)
+    content = orjson.loads((tmp_path / "new" / "report.json").read_bytes())
     assert list(content) == [
         "format_version",
         "conditions",
@@ -67,12 +67,12 @@ def test_json_holds_conditions_tasks_and_every_average(report: Report, tmp_path:
 
 
 def test_read_gives_what_was_written(report: Report, baseline: Report, tmp_path: Path) -> None:
-    write_report(tmp_path, report, baseline)
+    write_report(tmp_path, report, baseline, None)
     assert read_report(tmp_path) == report
 
 
 def test_markdown_tables(report: Report) -> None:
-    text = report_markdown(report, None)
+    text = report_markdown(report, None, has_loss=False)
     assert text.startswith("# Evaluation of runs/a\n\n| condition | value |\n")
     for condition in ("| bench fingerprint | b1 |", "| max new tokens | 4 |", "| inference prefix | none |"):
         assert condition in text
@@ -89,7 +89,7 @@ def test_markdown_tables(report: Report) -> None:
 
 
 def test_markdown_with_a_baseline(report: Report, baseline: Report) -> None:
-    text = report_markdown(report, baseline)
+    text = report_markdown(report, baseline, has_loss=False)
     assert "Baseline: opt, fingerprint c0, inference prefix eos." in text
     assert "| level | categories | score | baseline | difference |" in text
     assert "| fully held out | 1 | 50.0 ± 10.0 | 25.0 ± 8.0 | +25.0 |" in text
@@ -97,15 +97,21 @@ def test_markdown_with_a_baseline(report: Report, baseline: Report) -> None:
     assert "| QA | squad\\|v1 | sni | rouge_l | 1 | 90.0 ± - | 100.0 ± - | -10.0 | 0 | 1 |" in text
 
 
-def test_baseline_under_other_conditions_is_refused(conditions: Conditions, baseline: Report) -> None:
-    with pytest.raises(ValueError, match="split: got test, needed validation"):
-        build_report(replace(conditions, split="validation"), [COPA], baseline)
+def test_plots_are_written_and_named(report: Report, baseline: Report, tmp_path: Path) -> None:
+    write_report(tmp_path, report, baseline, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "levels.png"}
+    assert "loss.png" not in (tmp_path / "report.md").read_text()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    write_report(tmp_path, report, baseline, tmp_path / "metrics.jsonl")
+    text = (tmp_path / "report.md").read_text()
+    assert "![Scores by level](levels.png)" in text and "![Training loss](loss.png)" in text
+    assert (tmp_path / "loss.png").is_file()
 
 
 def test_missing_or_older_report_is_an_error(report: Report, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="a baseline is the output folder of an earlier evaluation"):
         read_report(tmp_path)
-    write_report(tmp_path, report, None)
+    write_report(tmp_path, report, None, None)
     path = tmp_path / "report.json"
     path.write_bytes(path.read_bytes().replace(b'"format_version": 1', b'"format_version": 0'))
     with pytest.raises(ValueError, match="format version 0, this version reads 1; evaluate again"):

@@ -1,0 +1,112 @@
+"""Evaluate a checkpoint on a bench: three levels of generalisation, one report.
+
+Example: python -m megatron_iml.evaluate --config train.yaml --checkpoint runs/a/checkpoints/iter_0000400 \\
+    --baseline runs/a/evaluation/start evaluation.bench=bench evaluation.tokenizer=opt-tokenizer
+
+Under torchrun the ranks divide into tensor parallel x data parallel. An interrupted evaluation goes on where
+it stopped.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_iml.config import Config
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line; nothing heavy is imported before it is parsed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML, as for training")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="native or Hugging Face folder; `start` for the weights that training starts from",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder of the report (default: <training.output_directory>/evaluation/<checkpoint>)",
+    )
+    parser.add_argument("--baseline", type=Path, help="output folder of another evaluation to compare with")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
+    return parser.parse_args()
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Run or go on with the evaluation, then write and show the report."""
+    from rich.console import Console
+
+    from megatron_iml.config import load_config
+    from megatron_iml.data.bench import Bench
+    from megatron_iml.evaluation.aggregate import aggregate
+    from megatron_iml.evaluation.conditions import check_comparable, conditions_from_config
+    from megatron_iml.evaluation.open_model import open_model
+    from megatron_iml.evaluation.report import Report, read_report, write_report
+    from megatron_iml.evaluation.suite import evaluate_bench
+    from megatron_iml.evaluation.tables import report_tables, to_rich
+    from megatron_iml.evaluation.task import Evaluator
+
+    config = load_config(arguments.config, arguments.overrides)
+    # Before the model is loaded: what is missing is said at once.
+    bench = Bench.open(bench_folder(config))
+    baseline = None if arguments.baseline is None else read_report(arguments.baseline)
+    output = arguments.output or default_output(config, arguments.checkpoint)
+    console = Console()
+    with open_model(config, arguments.checkpoint) as opened:
+        conditions = conditions_from_config(
+            config,
+            checkpoint=arguments.checkpoint,
+            checkpoint_fingerprint=opened.fingerprint,
+            bench=bench.fingerprint,
+            tokenizer=opened.tokenizer.sha256,
+        )
+        if baseline is not None:
+            check_comparable(conditions, baseline.conditions)
+        evaluator = Evaluator(
+            opened.model,
+            opened.tokenizer,
+            conditions,
+            row_length=config.data.row_length,
+            batch_size=config.evaluation.generation_batch_size,
+        )
+        results = evaluate_bench(
+            bench, evaluator, output / "tasks", replicas=opened.replicas, console=console
+        )
+        if opened.replicas.writes:
+            report = Report(conditions, aggregate(result.score for result in results))
+            metrics = Path(config.training.output_directory) / "metrics.jsonl"
+            write_report(output, report, baseline, metrics if metrics.is_file() else None)
+            for table in report_tables(report.scores, None if baseline is None else baseline.scores):
+                console.print(to_rich(table))
+            console.print(f"report: {output / 'report.md'}", markup=False)
+
+
+def bench_folder(config: "Config") -> Path:
+    """Where the bench lies; ValueError if the config does not say."""
+    if config.evaluation.bench is None:
+        raise ValueError("evaluation.bench: got none; allowed: a folder written by build_bench.py; set it")
+    return Path(config.evaluation.bench)
+
+
+def default_output(config: "Config", checkpoint: str) -> Path:
+    """A folder per checkpoint beside the run's checkpoints: runs/demo/evaluation/iter_0000400."""
+    return Path(config.training.output_directory) / "evaluation" / Path(checkpoint).name
+
+
+def main() -> int:
+    """Exit code 2 and one line for the user's mistakes."""
+    try:
+        evaluate(parse_arguments())
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

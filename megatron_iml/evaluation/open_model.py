@@ -1,0 +1,171 @@
+"""A checkpoint, opened for evaluation on all ranks of the job.
+
+What enters: a config and where the weights are. What leaves: a model that scores and generates, its
+tokenizer, its fingerprint, and this process's place among the replicas. The layout is tensor x data, whatever
+the training's was: checkpoints load under any, and a pipeline would wait for itself at every generated token.
+
+    with open_model(config, "runs/demo/checkpoints/iter_0000400") as opened:
+        opened.model.target_losses(row)
+
+`start` in place of a folder means the weights that training starts from: checkpoint.initial_weights, or
+random ones. Its evaluation is the baseline that shows what training changed.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_iml.checkpoint.hugging_face import is_hugging_face_folder, load_hugging_face
+from megatron_iml.checkpoint.store import load_weights, read_record
+from megatron_iml.config import Config, ParallelConfig, check_layout
+from megatron_iml.data.tokenizer import Tokenizer
+from megatron_iml.evaluation.replicas import Replicas
+from megatron_iml.model.build import build_model
+from megatron_iml.model.inference import InferenceModel
+from megatron_iml.model.initialise import initialise
+from megatron_iml.parallel.groups import (
+    Layout,
+    start_distributed,
+    stop_distributed,
+    world_size_from_environment,
+)
+
+START = "start"
+SAMPLE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """What an evaluation needs of a checkpoint."""
+
+    model: InferenceModel
+    tokenizer: Tokenizer
+    replicas: Replicas
+    fingerprint: str
+
+
+@contextmanager
+def open_model(config: Config, checkpoint: str) -> Iterator[OpenedModel]:
+    """Join the world, load the weights, leave the world at the end.
+
+    Args:
+        config: as for training; of its parallel section only the tensor size counts.
+        checkpoint: a native or Hugging Face folder, or `start`.
+
+    Raises:
+        ValueError: a layout, model shape, tokenizer or prefix that does not fit the checkpoint.
+        FileNotFoundError: no checkpoint or tokenizer there.
+    """
+    config = _inference_config(config)
+    check_layout(config, world_size_from_environment())
+    tokenizer = _load_tokenizer(config)
+    folder = _weights_folder(config, checkpoint)
+    if folder is not None and not is_hugging_face_folder(folder):
+        _check_prefix(config, folder)
+    layout = start_distributed(config)
+    try:
+        chunks = build_model(config, layout)
+        if folder is None:
+            initialise(chunks, config.model, config.training.seed, layout)
+        elif is_hugging_face_folder(folder):
+            load_hugging_face(folder, chunks, config.model, layout)
+        else:
+            load_weights(folder, chunks, config.model)
+        positions = config.model.max_position_embeddings
+        model = InferenceModel(chunks[0], layout, tokenizer.vocab_size, positions)
+        yield OpenedModel(model, tokenizer, replicas_of(layout), fingerprint_weights(config, folder))
+    finally:
+        stop_distributed()
+
+
+def replicas_of(layout: Layout) -> Replicas:
+    """This rank among the data-parallel replicas; rank 0 of the job writes."""
+
+    def gather(mine: Any) -> list[Any]:
+        everyone: list[Any] = [None] * layout.data_size
+        dist.all_gather_object(everyone, mine, group=layout.groups.dp)
+        return everyone
+
+    def broadcast(mine: Any) -> Any:
+        box = [mine]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    return Replicas(layout.data_rank, layout.data_size, gather, broadcast, writes=layout.rank == 0)
+
+
+def fingerprint_weights(config: Config, folder: Path | None) -> str:
+    """SHA-256 over names, sizes and three samples of each file, or over what random weights follow from.
+
+    Whole files would take an hour at 175B. A training step moves every weight, so that the first, middle and
+    last MiB of a file cannot stay as they are.
+    """
+    digest = hashlib.sha256()
+    if folder is None:
+        digest.update(repr((asdict(config.model), config.training.seed)).encode())
+        return digest.hexdigest()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _inference_config(config: Config) -> Config:
+    parallel = config.parallel
+    if parallel.pipeline_model_parallel_size > 1:
+        raise ValueError(
+            f"parallel.pipeline_model_parallel_size: got {parallel.pipeline_model_parallel_size}; allowed: 1 "
+            "in evaluation; set it to 1 and raise parallel.tensor_model_parallel_size: any checkpoint loads"
+        )
+    # Sequence parallelism, recompute and overlaps belong to training and change no score.
+    ours = ParallelConfig(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    return replace(config, parallel=ours)
+
+
+def _load_tokenizer(config: Config) -> Tokenizer:
+    if config.evaluation.tokenizer is None:
+        raise ValueError(
+            "evaluation.tokenizer: got none; allowed: a folder with vocab.json and merges.txt; set it"
+        )
+    tokenizer = Tokenizer.load(Path(config.evaluation.tokenizer))
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size: got {config.model.vocab_size}; allowed: at least the tokenizer's "
+            f"{tokenizer.vocab_size} entries; set evaluation.tokenizer to the one the model was trained with"
+        )
+    return tokenizer
+
+
+def _weights_folder(config: Config, checkpoint: str) -> Path | None:
+    """The folder to load from; None means random weights."""
+    if checkpoint != START:
+        return Path(checkpoint)
+    if config.checkpoint.initial_weights is not None:
+        return Path(config.checkpoint.initial_weights)
+    if config.model.initialisation is None:
+        raise ValueError(
+            "--checkpoint start: got neither checkpoint.initial_weights nor model.initialisation; set one of "
+            "them, or name a checkpoint folder"
+        )
+    return None
+
+
+def _check_prefix(config: Config, folder: Path) -> None:
+    theirs = read_record(folder)["config"]["model"]["inference_prefix"]
+    if theirs != config.model.inference_prefix:
+        raise ValueError(
+            f"model.inference_prefix: got {config.model.inference_prefix}; allowed: {theirs}, which the "
+            f"checkpoint {folder} was made for; set model.inference_prefix={theirs}"
+        )

@@ -1,0 +1,176 @@
+"""Both commands with a tiny random OPT: the same report under every layout, resumption, mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_iml.data.tokenizer import train_byte_level_bpe
+from megatron_iml.evaluate import main as evaluate
+from megatron_iml.generate import main as generate
+
+MODEL = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 64,
+    "vocab_size": 264,
+    "max_position_embeddings": 32,
+    "init_method_std": 0.2,
+    "initialisation": "random",
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path, bench_folder: Path) -> Path:
+    """A tiny random model, in fp32 so that layouts agree, on the bench of two tasks."""
+    train_byte_level_bpe(["a b c"], vocab_size=260, folder=tmp_path / "tokenizer")
+    content = {
+        "model": MODEL,
+        "data": {"row_length": 48},
+        "training": {"precision": "fp32", "output_directory": str(tmp_path / "run")},
+        "evaluation": {
+            "bench": str(bench_folder),
+            "tokenizer": str(tmp_path / "tokenizer"),
+            "max_new_tokens": 6,
+            "generation_batch_size": 2,
+        },
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "config.yaml"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run a command in this process as a world of one; returns its exit code."""
+
+    def run(main: Callable[[], int], *arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        return main()
+
+    return run
+
+
+def run_on_two_ranks(*arguments: object) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+        + ["megatron_iml.evaluate", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+def candidate_scores(folder: Path) -> list[float]:
+    task = json.loads((folder / "tasks" / "flan__cat__pick.json").read_text())
+    return [score for example in task["examples"] for score in example["candidate_scores"]]
+
+
+def answers(folder: Path) -> list[str]:
+    return [
+        e["answer"] for e in json.loads((folder / "tasks" / "sni__cat__say.json").read_text())["examples"]
+    ]
+
+
+def test_report_resumption_and_baseline(
+    config: Path, tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from_start = ("--config", config, "--checkpoint", "start")
+    assert run(evaluate, *from_start) == 0
+    assert "fully held out" in capsys.readouterr().out
+    start = tmp_path / "run" / "evaluation" / "start"
+    report = report_of(start)
+    assert report["conditions"]["inference_prefix"] == "none"
+    assert [task["estimate"]["count"] for task in report["tasks"]] == [5, 3]
+    assert (start / "levels.png").is_file()
+
+    # What is done is not done again: a mark left in a task's file survives.
+    task = start / "tasks" / "sni__cat__say.json"
+    task.write_text(task.read_text().replace('"id":"s0"', '"id":"mark"'))
+    assert run(evaluate, *from_start, "--baseline", start) == 0
+    assert '"mark"' in task.read_text()
+    assert report_of(start)["baseline"]["overall"] == report["overall"]
+
+    # Another prefix is another evaluation, with other likelihoods, and may be compared.
+    prefixed = ("--output", tmp_path / "prefixed", "--baseline", start, "model.inference_prefix=eos")
+    assert run(evaluate, *from_start, *prefixed) == 0
+    assert candidate_scores(tmp_path / "prefixed") != candidate_scores(start)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_two_ranks_give_the_report_of_one(
+    config: Path, tmp_path: Path, run: Callable[..., int], tensor: int
+) -> None:
+    arguments = ("--config", config, "--checkpoint", "start", "--output")
+    assert run(evaluate, *arguments, tmp_path / "one") == 0
+    run_on_two_ranks(*arguments, tmp_path / "two", f"parallel.tensor_model_parallel_size={tensor}")
+    assert report_of(tmp_path / "one") == report_of(tmp_path / "two")
+    assert answers(tmp_path / "one") == answers(tmp_path / "two")
+    # fp32 sums in another order: a few units in the last place of likelihoods around -20.
+    assert candidate_scores(tmp_path / "two") == pytest.approx(candidate_scores(tmp_path / "one"), abs=1e-4)
+
+
+def test_generate_answers_prompts_in_order(
+    config: Path, tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from_start = ("--config", config, "--checkpoint", "start")
+    (tmp_path / "prompts.jsonl").write_text('{"src": "0:"}\n{"id": "b", "src": "a much longer prompt:"}\n')
+    files = ("--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "answers.jsonl")
+    assert run(generate, *from_start, *files) == 0
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["src"]) for row in rows] == [("1", "0:"), ("b", "a much longer prompt:")]
+
+    capsys.readouterr()
+    assert run(generate, *from_start, "--prompt", "0:") == 0
+    assert json.loads(capsys.readouterr().out) == {**rows[0], "id": "0"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluation.bench=absent"], "error: no bench in absent: manifest.json is missing"),
+        (["evaluation.bench=null"], "error: evaluation.bench: got none; allowed: a folder"),
+        (["evaluation.tokenizer=absent"], "error: absent holds no tokenizer"),
+        (["evaluation.tokenizer=null"], "error: evaluation.tokenizer: got none; allowed: a folder"),
+        (["model.vocab_size=256"], "error: model.vocab_size: got 256; allowed: at least the tokenizer's 260"),
+        (["parallel.pipeline_model_parallel_size=2"], "error: parallel.pipeline_model_parallel_size: got 2"),
+        (["parallel.tensor_model_parallel_size=4"], "error: world size: got 1; allowed: a multiple of"),
+        (["model.initialisation=null"], "error: --checkpoint start: got neither"),
+        (["--checkpoint", "absent"], "error: absent is no complete checkpoint"),
+        (["--baseline", "absent"], "error: no absent/report.json: a baseline is"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(
+    config: Path,
+    run: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert run(evaluate, "--config", config, "--checkpoint", "start", *arguments) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize("module", ["evaluate", "generate"])
+def test_help_imports_nothing_heavy(module: str) -> None:
+    program = (
+        f"import sys; sys.argv = ['{module}', '--help']\n"
+        f"from megatron_iml.{module} import parse_arguments\n"
+        "try: parse_arguments()\n"
+        "except SystemExit: print(*{'torch', 'numpy', 'rich', 'yaml'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.split() == []
+    assert "--checkpoint" in done.stdout
