@@ -18,7 +18,15 @@ import numpy as np
 
 from megatron_iml.data.corpus import Corpus, CorpusTask
 from megatron_iml.data.draws import Draws, Int64, draw_stream, measure_tasks, permutation
-from megatron_iml.data.mixture import Mixture, largest_remainder, task_shares
+from megatron_iml.data.mixture import (
+    ExplainedTask,
+    Mixture,
+    Shares,
+    TaskSize,
+    explain,
+    largest_remainder,
+    task_shares,
+)
 from megatron_iml.data.plan import ENTRY, PlanArrays
 
 # Raise it whenever the same inputs give another plan: it is part of a plan's fingerprint.
@@ -129,6 +137,24 @@ def pack_stream(slots_N: Int64, config: PackingConfig) -> Int64:
     return np.concatenate(assigned)
 
 
+def _expected_draws(sizes: Sequence[TaskSize], shares_K: Shares, config: PackingConfig, rows: int) -> float:
+    """Return how many draws fill `rows` rows, on the average."""
+    # A draw of t tokens takes t - 1 slots, but one that is dropped takes none, hence the bound from below.
+    slots_per_draw = float(shares_K @ np.array([max(size.tokens - 1, 0) for size in sizes]))
+    if slots_per_draw == 0:
+        raise ValueError(f"no document of the mixture fits {config.limit} tokens; raise row_length")
+    return rows * config.row_length / slots_per_draw
+
+
+def explain_plan(corpus: Corpus, config: PackingConfig) -> list[ExplainedTask]:
+    """Say what a plan would draw of every task, without building it. Raises ValueError without `rows`."""
+    if config.rows is None:
+        raise ValueError("a plan of every document once follows no mixture; give a number of rows to explain")
+    sizes = measure_tasks(corpus, select_tasks(corpus, config.level), config.limit)
+    shares_K = task_shares(config.mixture, sizes)
+    return explain(config.mixture, sizes, round(_expected_draws(sizes, shares_K, config, config.rows)))
+
+
 def _draw_enough(corpus: Corpus, tasks: Sequence[CorpusTask], config: PackingConfig) -> Draws:
     """Draw from the mixture until the kept documents cannot fit into fewer rows than asked for."""
     if config.rows is None:
@@ -136,12 +162,8 @@ def _draw_enough(corpus: Corpus, tasks: Sequence[CorpusTask], config: PackingCon
         return draw_stream(corpus, tasks, once_K, config.limit, config.seed)
     sizes = measure_tasks(corpus, tasks, config.limit)
     shares_K = task_shares(config.mixture, sizes)
-    # A draw of t tokens takes t - 1 slots, but one that is dropped takes none, hence the bound from below.
-    slots_per_draw = float(shares_K @ np.array([max(size.tokens - 1, 0) for size in sizes]))
-    if slots_per_draw == 0:
-        raise ValueError(f"no document of the mixture fits {config.limit} tokens; raise row_length")
     needed = config.rows * config.row_length
-    draws = int(needed / slots_per_draw * SPARE_DRAWS) + 1
+    draws = int(_expected_draws(sizes, shares_K, config, config.rows) * SPARE_DRAWS) + 1
     while True:
         quotas_K = largest_remainder(shares_K, draws)
         stream = draw_stream(corpus, tasks, quotas_K, config.limit, config.seed)

@@ -1,0 +1,105 @@
+"""Tokenise one split of a bench into Megatron's .bin/.idx with a manifest; a killed run resumes.
+
+Example: python tools/preprocess/build_corpus.py --input bench --split train \\
+             --tokenizer-model opt-tokenizer --output-prefix corpus --workers 16
+"""
+
+import argparse
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line; nothing heavy is imported before it is parsed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", type=Path, required=True, help="bench folder")
+    parser.add_argument("--split", default="train", help="split to tokenise (default: %(default)s)")
+    parser.add_argument("--tokenizer-model", type=Path, required=True, help="folder of vocabulary and merges")
+    parser.add_argument(
+        "--output-prefix", type=Path, required=True, help="corpus folder; the split is a folder in it"
+    )
+    parser.add_argument(
+        "--backend", choices=("gigatoken", "tokenizers"), default="gigatoken", help="encoder (same ids)"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="encoding processes (default: %(default)s)")
+    parser.add_argument(
+        "--log-interval",
+        type=int,
+        default=1_000_000,
+        help="examples between log lines (default: %(default)s)",
+    )
+    return parser.parse_args()
+
+
+def build(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Build the corpus behind a progress bar, with log lines for files that are no terminal."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from megatron_iml.data.corpus_build import BuildConfig, build_corpus
+
+    config = BuildConfig(
+        bench=arguments.input,
+        split=arguments.split,
+        tokenizer=arguments.tokenizer_model,
+        output=arguments.output_prefix,
+        backend=arguments.backend,
+        workers=arguments.workers,
+    )
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("Tokenising", total=None)
+        done = logged = 0
+        began = time.monotonic()
+
+        def advance(examples: int, tokens: int) -> None:
+            nonlocal done, logged
+            done += examples
+            progress.advance(bar, examples)
+            if done - logged >= arguments.log_interval:
+                logged = done
+                rate = done / (time.monotonic() - began)
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                progress.console.print(f"{done:,} examples, {rate:,.0f}/s, peak memory {peak:,.0f} MiB")
+
+        return build_corpus(config, start=lambda total: progress.update(bar, total=total), advance=advance)
+
+
+def print_summary(manifest: dict[str, Any], seconds: float) -> None:
+    """Documents and tokens by benchmark."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("benchmark", "tasks", "examples", "documents", "tokens", "target tokens")
+    for benchmark in sorted({task["benchmark"] for task in manifest["tasks"]}):
+        tasks = [task for task in manifest["tasks"] if task["benchmark"] == benchmark]
+        documents = sum(task["stop_document"] - task["first_document"] for task in tasks)
+        sums = [sum(task[key] for task in tasks) for key in ("examples", "tokens", "target_tokens")]
+        table.add_row(
+            benchmark, f"{len(tasks)}", f"{sums[0]:,}", f"{documents:,}", f"{sums[1]:,}", f"{sums[2]:,}"
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"{seconds:.1f} s; fingerprint {manifest['fingerprint']}", soft_wrap=True)
+
+
+def main() -> int:
+    """Exit code 2 and one line for the user's mistakes."""
+    arguments = parse_arguments()
+    began = time.monotonic()
+    try:
+        manifest = build(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_summary(manifest, time.monotonic() - began)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

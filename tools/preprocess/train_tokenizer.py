@@ -1,0 +1,61 @@
+"""Learn a byte-level BPE from a bench, for models of your own size; OPT's models need OPT's vocabulary.
+
+Example: python tools/preprocess/train_tokenizer.py --input bench --vocab-size 4096 --output tokenizer
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line; nothing heavy is imported before it is parsed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", type=Path, required=True, help="bench folder")
+    parser.add_argument("--split", default="train", help="split to learn from (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, required=True, help="entries, 4 special ones included")
+    parser.add_argument("--output", type=Path, required=True, help="folder for vocab.json and merges.txt")
+    return parser.parse_args()
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Write the tokenizer behind a progress bar; return how many examples it was learned from."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from megatron_iml.data.bench import Bench
+    from megatron_iml.data.tokenizer import train_byte_level_bpe
+
+    bench = Bench.open(arguments.input)
+    entries = bench.files(arguments.split)
+    examples = sum(entry.examples for entry in entries)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("Reading examples", total=examples)
+
+        def texts() -> Iterator[str]:
+            for entry in entries:
+                for row in bench.rows(entry):
+                    progress.advance(bar)
+                    yield f"{row['src']} {row['tgt']}"
+
+        train_byte_level_bpe(texts(), arguments.vocab_size, arguments.output)
+    return examples
+
+
+def main() -> int:
+    """Exit code 2 and one line for the user's mistakes."""
+    arguments = parse_arguments()
+    try:
+        examples = train(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.output}: {arguments.vocab_size:,} entries learned from {examples:,} examples")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
