@@ -8,7 +8,9 @@ it stopped.
 """
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_iml.config import Config
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -34,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--baseline", type=Path, help="output folder of another evaluation to compare with")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -98,12 +100,14 @@ def default_output(config: "Config", checkpoint: str) -> Path:
     return Path(config.training.output_directory) / "evaluation" / Path(checkpoint).name
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 and one line for the user's mistakes."""
     try:
-        evaluate(parse_arguments())
+        evaluate(parse_arguments(arguments))
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Every rank finds the same mistake: one of them says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -8,7 +8,9 @@ evaluation.max_new_tokens ended it.
 """
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_iml.evaluation.question import Question
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -32,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--prompts", type=Path, help="JSON lines with src and perhaps id, e.g. a bench file")
     parser.add_argument("--output", type=Path, help="file for the answers (default: the console)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def read_prompts(arguments: argparse.Namespace) -> list["Question"]:
@@ -90,12 +92,14 @@ def answer(arguments: argparse.Namespace) -> None:
             sys.stdout.write(content.decode())
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 and one line for the user's mistakes."""
     try:
-        answer(parse_arguments())
+        answer(parse_arguments(arguments))
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Every rank finds the same mistake: one of them says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

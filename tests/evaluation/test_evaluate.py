@@ -4,16 +4,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from megatron_iml.checkpoint.store import CheckpointStore, RunState
+from megatron_iml.config import Config, TrainingConfig, load_config
 from megatron_iml.data.tokenizer import train_byte_level_bpe
 from megatron_iml.evaluate import main as evaluate
+from megatron_iml.evaluation.open_model import fingerprint_weights
 from megatron_iml.generate import main as generate
+from megatron_iml.model.initialise import initialise
+from megatron_iml.parallel.groups import start_distributed, stop_distributed
+from megatron_iml.training.engine import build_engine
 
 MODEL = {
     "num_layers": 2,
@@ -46,15 +52,9 @@ def config(tmp_path: Path, bench_folder: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run a command in this process as a world of one; returns its exit code."""
-
-    def run(main: Callable[[], int], *arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        return main()
-
-    return run
+def run(main: Callable[[Sequence[str]], int], *arguments: object) -> int:
+    """Run a command in this process, as a world of one."""
+    return main([str(argument) for argument in arguments])
 
 
 def run_on_two_ranks(*arguments: object) -> None:
@@ -85,7 +85,7 @@ def answers(folder: Path) -> list[str]:
 
 
 def test_report_resumption_and_baseline(
-    config: Path, tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from_start = ("--config", config, "--checkpoint", "start")
     assert run(evaluate, *from_start) == 0
@@ -110,9 +110,7 @@ def test_report_resumption_and_baseline(
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_two_ranks_give_the_report_of_one(
-    config: Path, tmp_path: Path, run: Callable[..., int], tensor: int
-) -> None:
+def test_two_ranks_give_the_report_of_one(config: Path, tmp_path: Path, tensor: int) -> None:
     arguments = ("--config", config, "--checkpoint", "start", "--output")
     assert run(evaluate, *arguments, tmp_path / "one") == 0
     run_on_two_ranks(*arguments, tmp_path / "two", f"parallel.tensor_model_parallel_size={tensor}")
@@ -123,7 +121,7 @@ def test_two_ranks_give_the_report_of_one(
 
 
 def test_generate_answers_prompts_in_order(
-    config: Path, tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from_start = ("--config", config, "--checkpoint", "start")
     (tmp_path / "prompts.jsonl").write_text('{"src": "0:"}\n{"id": "b", "src": "a much longer prompt:"}\n')
@@ -135,6 +133,60 @@ def test_generate_answers_prompts_in_order(
     capsys.readouterr()
     assert run(generate, *from_start, "--prompt", "0:") == 0
     assert json.loads(capsys.readouterr().out) == {**rows[0], "id": "0"}
+
+
+@pytest.fixture
+def native(config: Path, tmp_path: Path) -> Path:
+    """A native checkpoint of the weights that `start` means."""
+    loaded = load_config(config)
+    layout = start_distributed(loaded)
+    try:
+        engine = build_engine(loaded, layout)
+        initialise(engine.chunks, loaded.model, loaded.training.seed, layout)
+        engine.optimizer.reload_model_params()
+        store = CheckpointStore(tmp_path / "checkpoints", keep_last=1, asynchronous=False)
+        return store.save(engine, RunState(step=7, rows_consumed=0, plan_fingerprint="p"))
+    finally:
+        stop_distributed()
+
+
+def test_native_checkpoint_scores_like_the_weights_in_it(
+    config: Path, tmp_path: Path, native: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(evaluate, "--config", config, "--checkpoint", "start") == 0
+    assert run(evaluate, "--config", config, "--checkpoint", native) == 0
+    start, loaded = (
+        tmp_path / "run" / "evaluation" / "start",
+        tmp_path / "run" / "evaluation" / "iter_0000007",
+    )
+    assert candidate_scores(loaded) == candidate_scores(start)
+    assert answers(loaded) == answers(start)
+    fingerprints = {report_of(folder)["conditions"]["checkpoint_fingerprint"] for folder in (start, loaded)}
+    assert len(fingerprints) == 2
+
+    # The prefix is the checkpoint's own.
+    capsys.readouterr()
+    arguments = ("--config", config, "--checkpoint", native, "model.inference_prefix=eos")
+    assert run(evaluate, *arguments) == 2
+    assert capsys.readouterr().err.startswith("error: model.inference_prefix: got eos; allowed: none")
+
+
+def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    folder, config = tmp_path / "weights", Config()
+    folder.mkdir()
+    (folder / "a.bin").write_bytes(bytes(5 << 20))
+    first = fingerprint_weights(config, folder)
+    assert fingerprint_weights(config, folder) == first
+    for place in (0, (5 << 20) // 2, (5 << 20) - 1):
+        content = bytearray(5 << 20)
+        content[place] = 1
+        (folder / "a.bin").write_bytes(content)
+        assert fingerprint_weights(config, folder) != first
+    (folder / "a.bin").write_bytes(bytes(5 << 20))
+    (folder / "a.bin").rename(folder / "b.bin")
+    assert fingerprint_weights(config, folder) != first
+    other_seed = Config(training=TrainingConfig(seed=1))
+    assert fingerprint_weights(config, None) != fingerprint_weights(other_seed, None)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +206,6 @@ def test_generate_answers_prompts_in_order(
 )
 def test_mistakes_are_said_in_one_line(
     config: Path,
-    run: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     message: str,
@@ -166,9 +217,8 @@ def test_mistakes_are_said_in_one_line(
 @pytest.mark.parametrize("module", ["evaluate", "generate"])
 def test_help_imports_nothing_heavy(module: str) -> None:
     program = (
-        f"import sys; sys.argv = ['{module}', '--help']\n"
-        f"from megatron_iml.{module} import parse_arguments\n"
-        "try: parse_arguments()\n"
+        f"import sys\nfrom megatron_iml.{module} import parse_arguments\n"
+        "try: parse_arguments(['--help'])\n"
         "except SystemExit: print(*{'torch', 'numpy', 'rich', 'yaml'} & set(sys.modules), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
