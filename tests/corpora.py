@@ -1,0 +1,57 @@
+"""Small corpora written token by token, for tests that need exact documents and no tokenizer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import orjson
+
+from megatron_iml.data.corpus import FORMAT_VERSION, Corpus, CorpusTask, canonical_digest
+from megatron_iml.data.corpus_format import ShardWriter
+
+# A document is its sequences: source and references, or one that is all target.
+Document = Sequence[Sequence[int]]
+
+
+def lengths_document(source: int, *references: int, first_id: int = 10) -> Document:
+    """A document of the given lengths whose ids are distinct within it and end with 2."""
+    sequences = [list(range(first_id, first_id + source))] if source else []
+    for number, length in enumerate(references):
+        start = first_id + source + 100 * number
+        sequences.append([*range(start, start + length - 1), 2])
+    return sequences
+
+
+def write_corpus(
+    folder: Path, tasks: Mapping[str, Sequence[Document]], levels: Mapping[str, str] | None = None
+) -> Corpus:
+    """Write documents of tasks named `<benchmark>__<category>__<task>` as one shard and open the corpus."""
+    folder.mkdir(parents=True)
+    writer = ShardWriter(folder / "shard-00000", vocab_size=1 << 16)
+    records, first = [], 0
+    for name, documents in tasks.items():
+        for document in documents:
+            ids = np.array([i for sequence in document for i in sequence], dtype=np.uint16)
+            sizes = np.array([len(sequence) for sequence in document], dtype=np.int32)
+            writer.write(ids, sizes, np.array([len(document)], dtype=np.int32))
+        benchmark, category, task = name.split("__", 2)
+        level = (levels or {}).get(name, "fully_supervised")
+        stop = first + len(documents)
+        tokens = sum(len(sequence) for document in documents for sequence in document)
+        sources = sum(len(document[0]) for document in documents if len(document) > 1)
+        record = CorpusTask(
+            name, task, benchmark, category, level, len(documents), first, stop, tokens, tokens - sources
+        )
+        records.append(asdict(record))
+        first = stop
+    content = {
+        "format_version": FORMAT_VERSION,
+        "origin": {},
+        "tokenizer": {"sha256": "", "vocab_size": 1 << 16, "padded_vocab_size": 1 << 16, "eos_id": 2},
+        "shards": [{"name": "shard-00000", **asdict(writer.close())}],
+        "tasks": records,
+    }
+    manifest = {"fingerprint": canonical_digest(content), **content}
+    (folder / "manifest.json").write_bytes(orjson.dumps(manifest))
+    return Corpus.open(folder)
