@@ -135,11 +135,14 @@ def _encode_in_order(
 
 def group_into_shards(entries: list[BenchFile], shard_examples: int) -> list[list[BenchFile]]:
     """Group whole tasks, in their order, until a shard has `shard_examples` or more."""
-    shards: list[list[BenchFile]] = [[]]
+    shards: list[list[BenchFile]] = []
+    held = shard_examples
     for entry in entries:
-        if sum(e.examples for e in shards[-1]) >= shard_examples:
+        if held >= shard_examples:
             shards.append([])
+            held = 0
         shards[-1].append(entry)
+        held += entry.examples
     return shards
 
 

@@ -52,7 +52,8 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
         workers=arguments.workers,
     )
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("Tokenising", total=None)
         done = logged = 0
         began = time.monotonic()
@@ -65,7 +66,7 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
                 logged = done
                 rate = done / (time.monotonic() - began)
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                progress.console.print(f"{done:,} examples, {rate:,.0f}/s, peak memory {peak:,.0f} MiB")
+                console.print(f"{done:,} examples, {rate:,.0f}/s, peak memory {peak:,.0f} MiB")
 
         return build_corpus(config, start=lambda total: progress.update(bar, total=total), advance=advance)
 

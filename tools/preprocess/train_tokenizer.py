@@ -32,7 +32,8 @@ def train(arguments: argparse.Namespace) -> int:
     bench = Bench.open(arguments.input)
     entries = bench.files(arguments.split)
     examples = sum(entry.examples for entry in entries)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("Reading examples", total=examples)
 
         def texts() -> Iterator[str]:

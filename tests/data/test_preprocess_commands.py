@@ -1,0 +1,138 @@
+"""The preprocessing commands end to end on a tiny bench, and what they say when the user errs."""
+
+import json
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from megatron_iml.data.corpus import Corpus
+from megatron_iml.data.plan import Plan
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("train_tokenizer", "build_corpus", "build_plan", "inspect_corpus")
+
+
+def run(command: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / "preprocess" / f"{command}.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands") / "bench"
+    (folder / "train").mkdir(parents=True)
+    rows = [{"id": f"{i}", "src": f"Double {i}.\nAnswer:", "tgt": f"{2 * i}"} for i in range(60)]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (folder / "train" / "Sums__double__plain.jsonl").write_bytes(data)
+    entry = {
+        "task": "plain",
+        "benchmark": "Sums",
+        "category": "double",
+        "level": "fully_supervised",
+        "split": "train",
+        "examples": 60,
+        "metric": "exact_match",
+        "sha256": sha256(data).hexdigest(),
+        "file": "train/Sums__double__plain.jsonl",
+    }
+    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "seed": 1, "files": [entry]}))
+    return folder
+
+
+def test_from_bench_to_a_row_on_the_screen(bench: Path) -> None:
+    folder = bench.parent
+    steps = [
+        run("train_tokenizer", "--input", bench, "--vocab-size", "280", "--output", folder / "tok"),
+        run(
+            "build_corpus",
+            "--input",
+            bench,
+            "--tokenizer-model",
+            folder / "tok",
+            "--output-prefix",
+            folder / "c",
+        ),
+        run("build_plan", "--corpus", folder / "c/train", "--row-length", "64", "--rows", "5", "--explain"),
+        run(
+            *("build_plan", "--corpus", folder / "c/train", "--row-length", "64", "--rows", "5"),
+            *("--seed", "3", "--output", folder / "plan"),
+        ),
+        run(
+            *("inspect_corpus", "--corpus", folder / "c/train", "--tokenizer-model", folder / "tok"),
+            *("--plan", folder / "plan", "--row", "0"),
+        ),
+    ]
+    for step in steps:
+        assert step.returncode == 0, step.stderr
+    assert "280 entries learned from 60 examples" in steps[0].stdout
+    assert Corpus.open(folder / "c" / "train").fingerprint in steps[1].stdout
+    assert "Sums__double__plain" in steps[2].stdout
+    plan = Plan.open(folder / "plan")
+    assert plan.num_rows == 5
+    assert plan.fingerprint in steps[3].stdout
+    first = int(plan.entries(0)["document"][0])
+    assert f"Double {first}.\nAnswer: {2 * first}</s>" in steps[4].stdout
+    assert f"{plan.targets_R[0]} targets" in steps[4].stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (
+            "train_tokenizer",
+            ("--input", "nowhere", "--vocab-size", "300", "--output", "t"),
+            "no bench in nowhere",
+        ),
+        (
+            "build_corpus",
+            ("--input", "nowhere", "--tokenizer-model", "t", "--output-prefix", "c"),
+            "no bench in nowhere",
+        ),
+        (
+            "build_plan",
+            ("--corpus", "nowhere", "--rows", "3", "--output", "p"),
+            "nowhere/manifest.json is missing",
+        ),
+        (
+            "build_plan",
+            ("--corpus", "nowhere", "--mixture", "none.yaml", "--rows", "3", "--output", "p"),
+            "no file none.yaml",
+        ),
+        (
+            "inspect_corpus",
+            ("--corpus", "nowhere", "--tokenizer-model", "t", "--document", "0"),
+            "nowhere/manifest.json is missing",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    command: str, arguments: tuple[str, ...], message: str
+) -> None:
+    result = run(command, *arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_imports_nothing_heavy(command: str) -> None:
+    # Importing the module is all that --help does before it prints.
+    script = ROOT / "tools" / "preprocess" / f"{command}.py"
+    code = (
+        f"import runpy, sys; runpy.run_path({str(script)!r}, run_name='imported'); "
+        "print(sorted({'numpy', 'rich', 'tokenizers', 'torch', 'gigatoken'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert result.stdout.strip() == "[]"
