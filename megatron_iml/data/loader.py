@@ -115,27 +115,28 @@ def _extend_trunks(
     starts_N: Int64, stops_N: Int64, shared_N: Int64, trunks_N: Int64, end_T: Int32
 ) -> dict[int, Int64]:
     """Stretch `end_T` of every branch's prefix over the branch, in place; return those prefix slots [P]."""
+    assert (shared_N[trunks_N < 0] == 0).all(), "a piece without a trunk shares nothing"
+    all_slots = np.arange(len(end_T))
     prefixes: dict[int, Int64] = {}
+    paths: dict[int, Int64] = {}  # of trunks: prefix and own slots, in the order of their tokens
     for branch in np.flatnonzero(trunks_N >= 0).tolist():
         trunk, shared, start = int(trunks_N[branch]), int(shared_N[branch]), int(starts_N[branch])
         assert trunk < branch, f"piece {branch} hangs on piece {trunk}, which is not before it"
-        prefix_P = _path(prefixes, starts_N, stops_N, trunk)[:shared]
-        assert len(prefix_P) == shared, f"piece {branch} shares {shared}, its trunk has {len(prefix_P)} slots"
-        # Reached up to here and no further: else a document that is no descendant lies in between,
-        # and the single interval [col, end[col]) would let it see this prefix.
-        assert (end_T[prefix_P] == start).all(), (
+        if trunk not in paths:
+            own = all_slots[starts_N[trunk] : stops_N[trunk]]
+            paths[trunk] = np.concatenate((prefixes[trunk], own)) if trunk in prefixes else own
+        prefix_P = paths[trunk][:shared]
+        assert len(prefix_P) == shared > 0, (
+            f"piece {branch} shares {shared}, its trunk has {len(prefix_P)} slots"
+        )
+        # Every slot of the prefix must be seen up to here and no further: else a document that is no
+        # descendant lies in between. Along a path ends never grow, so the last slot speaks for all.
+        assert end_T[prefix_P[-1]] == start, (
             f"piece {branch} (trunk {trunk}, shared {shared}) is not depth first, longest prefix first"
         )
         end_T[prefix_P] = stops_N[branch]
         prefixes[branch] = prefix_P
-    assert (shared_N[trunks_N < 0] == 0).all(), "a piece without a trunk shares nothing"
     return prefixes
-
-
-def _path(prefixes: dict[int, Int64], starts_N: Int64, stops_N: Int64, piece: int) -> Int64:
-    """Return the slots of the tokens a piece reads, prefix included, in the order of its tokens."""
-    own = np.arange(starts_N[piece], stops_N[piece])
-    return np.concatenate((prefixes[piece], own)) if piece in prefixes else own
 
 
 def _plain_targets(slots: _Slots, firsts_N: Int64, joined: NDArray[np.integer]) -> tuple[Int32, Int32]:
@@ -150,10 +151,15 @@ def _plain_targets(slots: _Slots, firsts_N: Int64, joined: NDArray[np.integer]) 
 
 def _tree_targets(slots: _Slots, firsts_N: Int64, pieces: Sequence[Piece]) -> tuple[Int32, Int32]:
     """Return targets of a row with branches, document by document: shared targets count once per document."""
+    all_slots = np.arange(slots.num_real)
     rows, ids = [], []
-    for n, piece in enumerate(pieces):
-        rows.append(_path(slots.prefixes, slots.starts_N, slots.stops_N, n)[firsts_N[n] - 1 :])
-        ids.append(piece.tokens[firsts_N[n] :])
+    for n, (piece, first) in enumerate(zip(pieces, firsts_N.tolist(), strict=True)):
+        # Token j is predicted by the slot of token j - 1, which may lie in the prefix.
+        if n in slots.prefixes:
+            rows.append(slots.prefixes[n][first - 1 :])
+        own_start = slots.starts_N[n] + max(first - 1 - piece.shared, 0)
+        rows.append(all_slots[own_start : slots.stops_N[n]])
+        ids.append(piece.tokens[first:])
     return np.concatenate(rows).astype(np.int32), np.concatenate(ids).astype(np.int32)
 
 
@@ -206,33 +212,33 @@ class Loader:
                 f"{corpus.fingerprint}; rebuild the plan with tools/preprocess/build_plan.py"
             )
         self._corpus = corpus
-        self._plan = plan
+        self.plan = plan
         self.num_rows = plan.num_rows
 
     def layout(self, row: int) -> RowLayout:
         """Return where documents lie in a row; reads the plan only, no tokens."""
-        entries = self._plan.entries(row)
+        entries = self.plan.entries(row)
         lengths_N, shared_N, trunks_N = (
             entries[name].astype(np.int64) for name in ("length", "shared", "trunk")
         )
-        slots = _allot_slots(lengths_N, shared_N, trunks_N, self._plan.row_length)
-        return slots.layout(row, int(self._plan.targets_R[row]))
+        slots = _allot_slots(lengths_N, shared_N, trunks_N, self.plan.row_length)
+        return slots.layout(row, int(self.plan.targets_R[row]))
 
     def row(self, row: int) -> Row:
         """Return a row with its tokens and targets."""
         pieces = []
-        for document, cut, reference, length, shared, trunk in self._plan.entries(row).tolist():
+        for document, cut, reference, length, shared, trunk in self.plan.entries(row).tolist():
             tokens, source_length = self._corpus.tokens(document, reference)
             assert len(tokens) - cut == length, (
                 f"document {document}: {len(tokens)} - {cut} tokens, plan {length}"
             )
             pieces.append(Piece(tokens[cut:], source_length - cut, trunk, shared))
-        assembled = assemble_row(pieces, self._plan.row_length, row)
-        expected = int(self._plan.targets_R[row])
+        assembled = assemble_row(pieces, self.plan.row_length, row)
+        expected = int(self.plan.targets_R[row])
         found = assembled.layout.num_targets
         assert found == expected, f"row {row} has {found} targets, the plan says {expected}"
         return assembled
 
     def document_ids(self, row: int) -> NDArray[np.int64]:
         """Return the documents of a row in the order in which they lie."""
-        return self._plan.entries(row)["document"].astype(np.int64)
+        return self.plan.entries(row)["document"].astype(np.int64)
