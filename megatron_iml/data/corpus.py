@@ -18,6 +18,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -220,12 +221,12 @@ class Corpus:
         assert reference < stop - first - 1, f"document {document} has no reference {reference}"
         return shard.read(first, first + 1 + reference), int(shard.sizes_S[first])
 
-    @property
+    @cached_property
     def source_lengths_D(self) -> NDArray[np.int32]:
         """Tokens of every document's source, int32 [D]; 0 where there is none."""
         return np.concatenate([_source_lengths(shard) for shard in self._shards])
 
-    @property
+    @cached_property
     def num_references_D(self) -> NDArray[np.int32]:
         """Targets of every document, int32 [D]."""
         counts = [np.diff(shard.boundaries_D).astype(np.int32) for shard in self._shards]
