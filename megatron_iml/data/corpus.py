@@ -158,6 +158,8 @@ class Corpus:
         self.folder = folder
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
+        self.tokenizer_sha256: str = manifest["tokenizer"]["sha256"]
+        self.padded_vocab_size: int = manifest["tokenizer"]["padded_vocab_size"]
         self.task_records = tuple(CorpusTask(**task) for task in manifest["tasks"])
         self.tasks = {task.name: task.documents for task in self.task_records}
         self.padded_vocab_size: int = manifest["tokenizer"]["padded_vocab_size"]

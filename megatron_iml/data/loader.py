@@ -211,7 +211,7 @@ class Loader:
                 f"plan {plan.folder} was made from corpus {plan.corpus_fingerprint}, but {corpus.folder} is "
                 f"{corpus.fingerprint}; rebuild the plan with tools/preprocess/build_plan.py"
             )
-        self._corpus = corpus
+        self.corpus = corpus
         self.plan = plan
         self.num_rows = plan.num_rows
 
@@ -228,7 +228,7 @@ class Loader:
         """Return a row with its tokens and targets."""
         pieces = []
         for document, cut, reference, length, shared, trunk in self.plan.entries(row).tolist():
-            tokens, source_length = self._corpus.tokens(document, reference)
+            tokens, source_length = self.corpus.tokens(document, reference)
             assert len(tokens) - cut == length, (
                 f"document {document}: {len(tokens)} - {cut} tokens, plan {length}"
             )

@@ -60,6 +60,7 @@ class Plan:
         self.fingerprint: str = manifest["fingerprint"]
         self.corpus_fingerprint: str = manifest["origin"]["corpus_fingerprint"]
         self.row_length: int = manifest["origin"]["row_length"]
+        self.max_positions: int = manifest["origin"]["max_positions"]
         self.num_rows: int = manifest["num_rows"]
         self.ledger: dict[str, dict[str, Any]] = manifest["ledger"]
         self.targets_R = arrays.row_targets

@@ -149,6 +149,11 @@ def test_corpus_holds_every_row(corpus: Corpus, tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokens) == " Once upon a time. The answer is 7."
 
 
+def test_corpus_names_its_tokenizer(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    assert corpus.tokenizer_sha256 == tokenizer.sha256
+    assert corpus.padded_vocab_size == tokenizer.padded_vocab_size
+
+
 def test_lengths_agree_with_tokens(corpus: Corpus) -> None:
     pairs = [(d, r) for d in range(corpus.num_documents) for r in range(corpus.num_references(d))]
     documents, references = np.array(pairs).T

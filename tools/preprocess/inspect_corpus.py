@@ -63,10 +63,10 @@ def show(arguments: argparse.Namespace) -> None:
     console = Console()
     corpus = Corpus.open(arguments.corpus)
     tokenizer = Tokenizer.load(arguments.tokenizer_model)
-    if tokenizer.sha256 != corpus.manifest["tokenizer"]["sha256"]:
+    if tokenizer.sha256 != corpus.tokenizer_sha256:
         raise ValueError(
             f"tokenizer {arguments.tokenizer_model} has SHA-256 {tokenizer.sha256}, the corpus was made with "
-            f"{corpus.manifest['tokenizer']['sha256']}; name that one"
+            f"{corpus.tokenizer_sha256}; name that one"
         )
     if arguments.document is not None:
         check_number("document", arguments.document, corpus.num_documents)
