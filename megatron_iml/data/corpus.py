@@ -162,7 +162,6 @@ class Corpus:
         self.padded_vocab_size: int = manifest["tokenizer"]["padded_vocab_size"]
         self.task_records = tuple(CorpusTask(**task) for task in manifest["tasks"])
         self.tasks = {task.name: task.documents for task in self.task_records}
-        self.padded_vocab_size: int = manifest["tokenizer"]["padded_vocab_size"]
         self._shards = shards
         self._first_documents = np.cumsum([0] + [shard.num_documents for shard in shards]).tolist()
         self.num_documents: int = self._first_documents[-1]

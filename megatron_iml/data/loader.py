@@ -213,7 +213,6 @@ class Loader:
             )
         self.corpus = corpus
         self.plan = plan
-        self.num_rows = plan.num_rows
 
     def layout(self, row: int) -> RowLayout:
         """Return where documents lie in a row; reads the plan only, no tokens."""
