@@ -12,6 +12,8 @@ Suffixes: T tokens, S sequences, D documents of one chunk.
 """
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -74,6 +76,18 @@ class _Encoded:
 def _worker_tokenizer(folder: Path, backend: Backend) -> Tokenizer:
     """Load a tokenizer once per process: a worker cannot be sent one with every chunk."""
     return Tokenizer.load(folder, backend)
+
+
+def _die_with_parent() -> None:
+    """End this worker when the building process is gone; one killed outright cannot tell its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only a worker follows a parent"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _parse(chunk: _Chunk) -> list[tuple[str, list[str]]]:
@@ -247,7 +261,7 @@ def build_corpus(
     shards = group_into_shards(entries, config.shard_examples)
     records: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")  # a fork would copy gigatoken's threads half-alive
-    pool = ProcessPoolExecutor(config.workers, mp_context=context) if config.workers > 1 else None
+    pool = ProcessPoolExecutor(config.workers, context, _die_with_parent) if config.workers > 1 else None
     try:
         for number, group in enumerate(shards):
             stem = folder / f"shard-{number:05d}"

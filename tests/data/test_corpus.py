@@ -1,13 +1,17 @@
 """Corpora: the joint encoding, Megatron's own reader on the same files, resuming, and damaged files."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +21,8 @@ from megatron_iml.data.corpus_build import BuildConfig, build_corpus
 from megatron_iml.data.corpus_format import Shard, ShardWriter
 from megatron_iml.data.tokenizer import Tokenizer, train_byte_level_bpe
 
-OPT_FOLDER = Path(__file__).parents[2].parent / "shared" / "devset" / "tokenizer" / "metaseq-opt"
+ROOT = Path(__file__).parents[2]
+OPT_FOLDER = ROOT.parent / "shared" / "devset" / "tokenizer" / "metaseq-opt"
 
 ROWS = {
     "ALPHA__Sums__plus": [
@@ -252,6 +257,37 @@ def test_killed_build_keeps_its_finished_shards(config: BuildConfig, tmp_path: P
     assert sum(heard) == 44
     whole = build(replace(sharded, output=tmp_path / "again"))
     assert digests(tmp_path / "train") == digests(whole.folder)
+
+
+STALLED_BUILD = """
+import sys, time
+from pathlib import Path
+from megatron_iml.data.corpus_build import BuildConfig, build_corpus
+
+def stall(examples, tokens):
+    print("stalled", flush=True)
+    time.sleep(120)
+
+if __name__ == "__main__":
+    bench, tokenizer, output = map(Path, sys.argv[1:])
+    build_corpus(BuildConfig(bench, "train", tokenizer, output, workers=2), lambda examples: None, stall)
+"""
+
+
+def test_killed_build_leaves_no_workers(config: BuildConfig, tmp_path: Path) -> None:
+    script = tmp_path / "stalled_build.py"
+    script.write_text(STALLED_BUILD)
+    command = [sys.executable, script, config.bench, config.tokenizer, tmp_path / "corpus"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    ) as building:
+        assert building.stdout is not None
+        assert building.stdout.readline() == b"stalled\n"
+        children = psutil.Process(building.pid).children()
+        assert len(children) >= 2
+        building.kill()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
 
 
 def test_output_built_from_something_else_is_refused(
