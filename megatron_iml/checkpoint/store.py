@@ -33,7 +33,6 @@ from megatron_iml.model.opt import OPTModel
 from megatron_iml.training.engine import Engine
 
 FORMAT_VERSION = 1
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 SHAPE_FIELDS = (
     "num_layers",
     "hidden_size",
@@ -83,7 +82,7 @@ class CheckpointStore:
             get_default_save_sharded_strategy("torch_dist"), engine.layout.groups.dp
         )
         request = dist_checkpointing.save(
-            tensors, str(folder), strategy, async_sharded_save=self.asynchronous, content_metadata=SHARDING
+            tensors, str(folder), strategy, async_sharded_save=self.asynchronous, content_metadata=_sharding()
         )
         finish = self._finisher(folder, engine.config, state)
         if request is None:
@@ -210,17 +209,23 @@ def check_master_weights(tensors: dict[str, Any]) -> None:
         )
 
 
+def _sharding() -> dict[str, Any]:
+    """The form of optimizer state; made anew, because megatron-core adds its process groups to what it is given."""
+    return {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
 def _sharded_chunks(chunks: Sequence[OPTModel]) -> dict[str, Any]:
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     return {
-        name: chunk.sharded_state_dict(metadata=SHARDING) for name, chunk in zip(names, chunks, strict=True)
+        name: chunk.sharded_state_dict(metadata=_sharding())
+        for name, chunk in zip(names, chunks, strict=True)
     }
 
 
 def _sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
     chunks = _sharded_chunks(engine.chunks)
     weights = chunks["model"] if len(chunks) == 1 else chunks
-    optimizer = engine.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=SHARDING)
+    optimizer = engine.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_sharding())
     return {**chunks, "optimizer": optimizer}
 
 
