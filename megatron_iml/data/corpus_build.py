@@ -28,8 +28,9 @@ import orjson
 from numpy.typing import NDArray
 
 from megatron_iml.data.bench import Bench, BenchFile
-from megatron_iml.data.corpus import FORMAT_VERSION, MANIFEST, CorpusTask, canonical_digest, encode_documents
+from megatron_iml.data.corpus import FORMAT_VERSION, MANIFEST, CorpusTask, canonical_digest
 from megatron_iml.data.corpus_format import ShardWriter, UInt16
+from megatron_iml.data.encoding import encode_documents
 from megatron_iml.data.splits import Split
 from megatron_iml.data.tokenizer import Backend, Tokenizer
 

@@ -1,96 +1,19 @@
-"""Corpora: the joint encoding, Megatron's own reader on the same files, resuming, and damaged files."""
+"""Corpora: the joint encoding, Megatron's own reader on the same files, and damaged files."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_iml.data.corpus import Corpus, encode_document
-from megatron_iml.data.corpus_build import BuildConfig, build_corpus
-from megatron_iml.data.corpus_format import Shard, ShardWriter
-from megatron_iml.data.tokenizer import Tokenizer, train_byte_level_bpe
+from megatron_iml.data.corpus import Corpus
+from megatron_iml.data.encoding import encode_document
+from megatron_iml.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 OPT_FOLDER = ROOT.parent / "shared" / "devset" / "tokenizer" / "metaseq-opt"
-
-ROWS = {
-    "ALPHA__Sums__plus": [
-        {"id": f"p{i}", "src": f"What is {i} + {i}?\nAnswer:", "tgt": f"{2 * i}"} for i in range(40)
-    ],
-    "ALPHA__Words__pairs__many": [
-        {"id": "w0", "src": "A pair:", "tgt": "one two", "references": ["one two", "two one", "1 2 "]},
-        {"id": "w1", "src": "Blank line\n", "tgt": "\nwell", "references": ["\nwell", "done", "\n\nyes"]},
-        {"id": "w2", "src": "Trailing blanks  ", "tgt": "fine"},
-    ],
-    "PLAIN__Text__replay": [{"id": "r0", "src": "", "tgt": "Once upon a time. The answer is 7."}],
-}
-
-
-def write_bench(folder: Path, rows: dict[str, list[dict]], split: str = "train") -> Path:
-    (folder / split).mkdir(parents=True)
-    files = []
-    for name, examples in rows.items():
-        benchmark, category, task = name.split("__", 2)
-        data = "".join(json.dumps(row) + "\n" for row in examples).encode()
-        (folder / split / f"{name}.jsonl").write_bytes(data)
-        files.append(
-            {
-                "task": task,
-                "benchmark": benchmark,
-                "category": category,
-                "level": "fully_supervised",
-                "split": split,
-                "examples": len(examples),
-                "metric": "rouge_l",
-                "sha256": sha256(data).hexdigest(),
-                "file": f"{split}/{name}.jsonl",
-            }
-        )
-    manifest = {"format_version": 1, "seed": 1, "splits": {}, "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    texts = [f"{row['src']} {row['tgt']}" for rows in ROWS.values() for row in rows]
-    texts += ["a\n \nb"] * 200  # so that white space has merges, which is what a boundary can break
-    train_byte_level_bpe(texts, vocab_size=300, folder=folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_folder: Path) -> Tokenizer:
-    return Tokenizer.load(tokenizer_folder)
-
-
-@pytest.fixture(scope="module")
-def config(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildConfig:
-    folder = tmp_path_factory.mktemp("corpus")
-    bench = write_bench(folder / "bench", ROWS)
-    return BuildConfig(bench=bench, split="train", tokenizer=tokenizer_folder, output=folder / "corpus")
-
-
-def build(config: BuildConfig) -> Corpus:
-    build_corpus(config, start=lambda examples: None, advance=lambda examples, tokens: None)
-    return Corpus.open(config.output / config.split)
-
-
-@pytest.fixture(scope="module")
-def corpus(config: BuildConfig) -> Corpus:
-    return build(config)
 
 
 def joint_reference(tokenizer: Tokenizer, source: str, target: str) -> tuple[list[int], list[int]]:
@@ -200,119 +123,6 @@ def test_megatron_reads_the_same_tokens(corpus: Corpus) -> None:
                 assert split == [sequences[0], sequences[1 + reference]]
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-
-
-@pytest.mark.parametrize("change", [{"workers": 2}, {"backend": "tokenizers"}])
-def test_bytes_do_not_depend_on_workers_or_backend(
-    config: BuildConfig, corpus: Corpus, tmp_path: Path, change: dict
-) -> None:
-    other = build(replace(config, output=tmp_path, **change))
-    assert digests(other.folder) == digests(corpus.folder)
-    assert sorted(digests(corpus.folder)) == ["manifest.json", "shard-00000.bin", "shard-00000.idx"]
-
-
-def test_shards_of_whole_tasks_hold_the_same_documents(
-    config: BuildConfig, corpus: Corpus, tmp_path: Path
-) -> None:
-    sharded = build(replace(config, output=tmp_path, shard_examples=3))
-    assert len(sharded.manifest["shards"]) == 3
-    assert sharded.tasks == corpus.tasks
-    assert sharded.source_lengths_D.tolist() == corpus.source_lengths_D.tolist()
-    documents = np.arange(corpus.num_documents)
-    last = corpus.num_references_D.astype(np.int64) - 1
-    assert (
-        sharded.reference_lengths(documents, last).tolist()
-        == corpus.reference_lengths(documents, last).tolist()
-    )
-    for document in range(corpus.num_documents):
-        assert sharded.tokens(document, int(last[document]))[0].tolist() == (
-            corpus.tokens(document, int(last[document]))[0].tolist()
-        )
-
-
-def test_killed_build_keeps_its_finished_shards(config: BuildConfig, tmp_path: Path) -> None:
-    sharded = replace(config, output=tmp_path, shard_examples=3)
-
-    class Killed(Exception):
-        pass
-
-    def die_in_second_shard(examples: int, tokens: int) -> None:
-        if examples == 3:
-            raise Killed
-
-    with pytest.raises(Killed):
-        build_corpus(sharded, start=lambda examples: None, advance=die_in_second_shard)
-    first = tmp_path / "train" / "shard-00000.bin"
-    written = first.stat().st_mtime_ns
-    assert not (tmp_path / "train" / "shard-00001.bin").exists()
-    with pytest.raises(FileNotFoundError, match="manifest.json is missing"):
-        Corpus.open(tmp_path / "train")
-    heard: list[int] = []
-    build_corpus(
-        sharded, start=lambda examples: None, advance=lambda examples, tokens: heard.append(examples)
-    )
-    assert first.stat().st_mtime_ns == written
-    assert sum(heard) == 44
-    whole = build(replace(sharded, output=tmp_path / "again"))
-    assert digests(tmp_path / "train") == digests(whole.folder)
-
-
-STALLED_BUILD = """
-import sys, time
-from pathlib import Path
-from megatron_iml.data.corpus_build import BuildConfig, build_corpus
-
-def stall(examples, tokens):
-    print("stalled", flush=True)
-    time.sleep(120)
-
-if __name__ == "__main__":
-    bench, tokenizer, output = map(Path, sys.argv[1:])
-    build_corpus(BuildConfig(bench, "train", tokenizer, output, workers=2), lambda examples: None, stall)
-"""
-
-
-def test_killed_build_leaves_no_workers(config: BuildConfig, tmp_path: Path) -> None:
-    script = tmp_path / "stalled_build.py"
-    script.write_text(STALLED_BUILD)
-    command = [sys.executable, script, config.bench, config.tokenizer, tmp_path / "corpus"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    ) as building:
-        assert building.stdout is not None
-        assert building.stdout.readline() == b"stalled\n"
-        children = psutil.Process(building.pid).children()
-        assert len(children) >= 2
-        building.kill()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert not alive
-
-
-def test_output_built_from_something_else_is_refused(
-    config: BuildConfig, corpus: Corpus, tmp_path: Path
-) -> None:
-    bench = write_bench(tmp_path / "bench", {"ALPHA__Sums__plus": ROWS["ALPHA__Sums__plus"][:5]})
-    with pytest.raises(ValueError, match="holds a corpus built from .*remove it or choose another"):
-        build(replace(config, bench=bench))
-    with pytest.raises(ValueError, match="has no files of split 'test'; it has train"):
-        build(replace(config, split="test"))
-
-
-def test_row_count_and_malformed_rows(config: BuildConfig, tmp_path: Path) -> None:
-    bench = write_bench(tmp_path / "bench", {"A__B__c": ROWS["ALPHA__Sums__plus"]})
-    file = bench / "train" / "A__B__c.jsonl"
-    with file.open("a") as stream:
-        stream.write('{"id": "x", "src": "s", "tgt": "t"}\n')
-    with pytest.raises(ValueError, match="A__B__c.jsonl has 41 rows, the bench manifest says 40"):
-        build(replace(config, bench=bench, output=tmp_path / "a"))
-    with file.open("a") as stream:
-        stream.write('{"id": "x", "src": "s"}\n')
-    with pytest.raises(ValueError, match=r"A__B__c.jsonl:42: got .* expected an object with src and tgt"):
-        build(replace(config, bench=bench, output=tmp_path / "b"))
-
-
 def copy_of(corpus: Corpus, tmp_path: Path) -> Path:
     return Path(shutil.copytree(corpus.folder, tmp_path / "train"))
 
@@ -353,36 +163,6 @@ def test_damaged_folders(corpus: Corpus, tmp_path: Path) -> None:
     manifest.write_text(text.replace('"format_version": 1', '"format_version": 9'))
     with pytest.raises(ValueError, match="format version 9, expected 1"):
         Corpus.open(folder)
-
-
-def write_shard(stem: Path, documents: Sequence[Sequence[list[int]]], vocab_size: int) -> Shard:
-    writer = ShardWriter(stem, vocab_size)
-    for document in documents:
-        ids = np.array([i for sequence in document for i in sequence], dtype=np.uint16)
-        sizes = np.array([len(sequence) for sequence in document], dtype=np.int32)
-        writer.write(ids, sizes, np.array([len(document)], dtype=np.int32))
-    summary = writer.close()
-    assert (summary.documents, summary.sequences) == (len(documents), sum(map(len, documents)))
-    assert summary.bin_sha256 == sha256(stem.with_suffix(".bin").read_bytes()).hexdigest()
-    assert summary.idx_sha256 == sha256(stem.with_suffix(".idx").read_bytes()).hexdigest()
-    return Shard(stem)
-
-
-def test_shard_by_hand(tmp_path: Path) -> None:
-    shard = write_shard(tmp_path / "s", [[[10, 11], [12, 2]], [[20, 21, 2]]], vocab_size=22)
-    assert shard.sizes_S.tolist() == [2, 2, 3]
-    assert shard.pointers_S.tolist() == [0, 4, 8]
-    assert shard.boundaries_D.tolist() == [0, 2, 3]
-    assert shard.read(0, 1).tolist() == [10, 11, 12, 2]
-    assert shard.read(0, 2).tolist() == [10, 11, 20, 21, 2]
-    assert (tmp_path / "s.bin").read_bytes() == bytes([10, 0, 11, 0, 12, 0, 2, 0, 20, 0, 21, 0, 2, 0])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.bin", "s.idx"]
-
-
-def test_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="id 22 is outside the vocabulary of 22"):
-        write_shard(tmp_path / "s", [[[22, 2]]], vocab_size=22)
-    assert not (tmp_path / "s.bin").exists()
 
 
 def test_large_vocabulary_is_refused(tokenizer_folder: Path) -> None:
