@@ -1,14 +1,57 @@
-"""Small corpora written token by token, for tests that need exact documents and no tokenizer."""
+"""Small benches, and small corpora written token by token for tests that need no tokenizer."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import orjson
 
 from megatron_iml.data.corpus import FORMAT_VERSION, Corpus, CorpusTask, canonical_digest
+from megatron_iml.data.corpus_build import BuildConfig, build_corpus
 from megatron_iml.data.corpus_format import ShardWriter
+
+# Rows of a bench by file: several references, a source that ends in a line break, none at all.
+ROWS = {
+    "ALPHA__Sums__plus": [
+        {"id": f"p{i}", "src": f"What is {i} + {i}?\nAnswer:", "tgt": f"{2 * i}"} for i in range(40)
+    ],
+    "ALPHA__Words__pairs__many": [
+        {"id": "w0", "src": "A pair:", "tgt": "one two", "references": ["one two", "two one", "1 2 "]},
+        {"id": "w1", "src": "Blank line\n", "tgt": "\nwell", "references": ["\nwell", "done", "\n\nyes"]},
+        {"id": "w2", "src": "Trailing blanks  ", "tgt": "fine"},
+    ],
+    "PLAIN__Text__replay": [{"id": "r0", "src": "", "tgt": "Once upon a time. The answer is 7."}],
+}
+
+
+def write_bench(folder: Path, rows: dict[str, list[dict]], split: str = "train") -> Path:
+    """Write a bench of one split and return its folder."""
+    (folder / split).mkdir(parents=True)
+    files = []
+    for name, examples in rows.items():
+        benchmark, category, task = name.split("__", 2)
+        data = "".join(json.dumps(row) + "\n" for row in examples).encode()
+        (folder / split / f"{name}.jsonl").write_bytes(data)
+        files.append(
+            {
+                "task": task,
+                "benchmark": benchmark,
+                "category": category,
+                "level": "fully_supervised",
+                "split": split,
+                "examples": len(examples),
+                "metric": "rouge_l",
+                "sha256": sha256(data).hexdigest(),
+                "file": f"{split}/{name}.jsonl",
+            }
+        )
+    manifest = {"format_version": 1, "seed": 1, "splits": {}, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
 
 # A document is its sequences: source and references, or one that is all target.
 Document = Sequence[Sequence[int]]
@@ -55,3 +98,9 @@ def write_corpus(
     manifest = {"fingerprint": canonical_digest(content), **content}
     (folder / "manifest.json").write_bytes(orjson.dumps(manifest))
     return Corpus.open(folder)
+
+
+def build(config: BuildConfig) -> Corpus:
+    """Build a corpus without anyone watching, and open it."""
+    build_corpus(config, start=lambda examples: None, advance=lambda examples, tokens: None)
+    return Corpus.open(config.output / config.split)
