@@ -69,8 +69,7 @@ def generate(
         answered = _decode_batch(model, [fitted[i][0] for i in batch], max_new_tokens, tokenizer.eos_id)
         for i, tokens in zip(batch, answered, strict=True):
             finished = tokens[-1] == tokenizer.eos_id
-            text = tokenizer.decode(np.array(tokens[:-1] if finished else tokens, dtype=np.int32))
-            answers[i] = Generation(text, len(tokens), finished, fitted[i][1])
+            answers[i] = Generation(tokenizer.decode(tokens), len(tokens), finished, fitted[i][1])
     return [answers[i] for i in range(len(questions))]
 
 

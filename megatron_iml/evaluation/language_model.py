@@ -13,9 +13,10 @@ Under model parallelism every rank of one model makes the same calls and receive
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_iml.data.loader import Row
 
@@ -23,8 +24,8 @@ from megatron_iml.data.loader import Row
 class KeyValueCache(Protocol):
     """Keys and values of B sequences in decoding; opaque but for dropping the finished ones."""
 
-    def keep(self, indices_K: Any, /) -> None:
-        """Keep only these sequences: an int64 array, increasing, of indices into the present batch."""
+    def keep(self, indices_K: NDArray[np.int64], /) -> None:
+        """Keep only these sequences: increasing indices into the present batch."""
         ...
 
 

@@ -101,6 +101,10 @@ def encode_candidates(
     texts = [source, *(f"{source} {candidate.rstrip()}" for candidate in question.candidates)]
     source_T, *joint = tokenizer.encode_batch(texts)
     length = len(source_T)
+    shortest = min(len(ids_T) for ids_T in joint)
+    assert shortest >= length, (
+        f"{question.id}: a candidate shortened its prompt from {length} tokens to {shortest}"
+    )
     answer_tokens = max(len(ids_T) for ids_T in joint) - length + 1
     documents = []
     for ids_T in joint:

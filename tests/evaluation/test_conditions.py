@@ -82,7 +82,25 @@ def test_baseline_may_be_another_checkpoint_with_its_own_prefix() -> None:
     check_comparable(CONDITIONS, baseline)
 
 
-def test_baseline_of_another_bench_is_refused_with_the_reasons() -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bench_fingerprint": "b2"},
+        {"tokenizer_fingerprint": "t2"},
+        {"split": "validation"},
+        {"examples_per_task": 0},
+        {"scoring": "mean"},
+        {"max_new_tokens": 255},
+        {"max_positions": 1024},
+    ],
+)
+def test_baseline_under_other_conditions_is_refused(change: dict[str, object]) -> None:
+    [name] = change
+    with pytest.raises(ValueError, match=f"under other conditions \\({name}: got"):
+        check_comparable(CONDITIONS, replace(CONDITIONS, **change))
+
+
+def test_refusal_names_every_difference() -> None:
     baseline = replace(CONDITIONS, bench_fingerprint="b0", examples_per_task=10)
     message = r"bench_fingerprint: got b0, needed b1; examples_per_task: got 10, needed 250\).*evaluate"
     with pytest.raises(ValueError, match=message):

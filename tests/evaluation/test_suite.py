@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 
 from megatron_iml.data.bench import Bench
-from megatron_iml.data.tokenizer import Tokenizer
 from megatron_iml.evaluation.replicas import Replicas
 from megatron_iml.evaluation.results import TaskResult
 from megatron_iml.evaluation.suite import evaluate_bench
@@ -83,27 +82,6 @@ def test_another_checkpoint_runs_everything_again(
     assert run(bench_folder, replace(evaluator, conditions=conditions), tmp_path) == again
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_replicas_together_give_the_results_of_one(
-    bench_folder: Path, evaluator: Evaluator, tokenizer: Tokenizer, tmp_path: Path, fake_model: Any, size: int
-) -> None:
-    alone = run(bench_folder, evaluator, tmp_path / "alone")
-    groups = ThreadGroup(size)
-    results: list[list[TaskResult]] = [[] for _ in range(size)]
-
-    def replica(rank: int) -> None:
-        model = fake_model(evaluator.model.log_likelihood, evaluator.model.next_id)
-        replicas = groups.replicas(rank)
-        results[rank] = run(bench_folder, replace(evaluator, model=model), tmp_path / "shared", replicas)
-
-    threads = [threading.Thread(target=replica, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert results == [alone] * size
-
-
 class ThreadGroup:
     """The collectives of `size` threads; a barrier before and after each exchange."""
 
@@ -120,6 +98,37 @@ class ThreadGroup:
             return everyone
 
         return Replicas(rank, self.size, gather, lambda mine: gather(mine)[0], writes=rank == 0)
+
+
+def run_replicas(
+    bench_folder: Path, evaluator: Evaluator, output: Path, fake_model: Any, size: int
+) -> list[list[TaskResult]]:
+    """Results of every one of `size` replicas, each a thread with a model of its own."""
+    group = ThreadGroup(size)
+    results: list[list[TaskResult]] = [[] for _ in range(size)]
+
+    def replica(rank: int) -> None:
+        model = fake_model(evaluator.model.log_likelihood, evaluator.model.next_id)
+        results[rank] = run(bench_folder, replace(evaluator, model=model), output, group.replicas(rank))
+
+    threads = [threading.Thread(target=replica, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    return results
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_replicas_together_give_the_results_of_one(
+    bench_folder: Path, evaluator: Evaluator, tmp_path: Path, fake_model: Any, size: int
+) -> None:
+    alone = run(bench_folder, evaluator, tmp_path / "alone")
+    shared = tmp_path / "shared"
+    assert run_replicas(bench_folder, evaluator, shared, fake_model, size) == [alone] * size
+    # Only the writer looks at the folder: the others learn from it what is done.
+    (shared / "sni__cat__say.json").unlink()
+    assert run_replicas(bench_folder, evaluator, shared, fake_model, size) == [alone] * size
 
 
 def test_empty_split_is_an_error(bench_folder: Path, evaluator: Evaluator, tmp_path: Path) -> None:
