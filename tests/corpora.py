@@ -66,6 +66,16 @@ def lengths_document(source: int, *references: int, first_id: int = 10) -> Docum
     return sequences
 
 
+def random_documents(rng: np.random.Generator, count: int) -> list[Document]:
+    """Documents of 1 to 4 references; some too long for 64 slots, some without a source, some empty texts."""
+    documents: list[Document] = [lengths_document(0, 1), lengths_document(0, 66), lengths_document(3, 65)]
+    for _ in range(count - len(documents)):
+        source = int(rng.integers(0, 90))
+        references = rng.integers(1 if source else 2, 12, size=rng.integers(1, 5) if source else 1).tolist()
+        documents.append(lengths_document(source, *references))
+    return documents
+
+
 def write_corpus(
     folder: Path, tasks: Mapping[str, Sequence[Document]], levels: Mapping[str, str] | None = None
 ) -> Corpus:

@@ -1,9 +1,10 @@
-"""One small tokenizer, bench and corpus for the tests of the corpus; built once."""
+"""Small corpora for the tests of the data floor, built once."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from corpora import ROWS, build, write_bench
+from corpora import ROWS, build, random_documents, write_bench, write_corpus
 
 from megatron_iml.data.corpus import Corpus
 from megatron_iml.data.corpus_build import BuildConfig
@@ -34,3 +35,12 @@ def config(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def corpus(config: BuildConfig) -> Corpus:
     return build(config)
+
+
+@pytest.fixture(scope="session")
+def mixed_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Four tasks of two benchmarks with references, cuts and drops of every kind."""
+    rng = np.random.default_rng(3)
+    tasks = {f"B{k % 2}__c__t{k}": random_documents(rng, 10 + 20 * k) for k in range(4)}
+    levels = {"B1__c__t3": "fully_held_out"}
+    return write_corpus(tmp_path_factory.mktemp("packing") / "corpus", tasks, levels)

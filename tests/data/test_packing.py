@@ -6,36 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import Document, lengths_document, write_corpus
+from corpora import lengths_document, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_iml.data.corpus import Corpus
-from megatron_iml.data.draws import Lengths, draw_stream, measure_tasks
+from megatron_iml.data.draws import Lengths
 from megatron_iml.data.mixture import Mixture, Proportion
 from megatron_iml.data.packing import PackingConfig, best_fit, build_plan, explain_plan, pack_stream
 from megatron_iml.data.plan import PlanArrays
 
 LENGTHS = Path(__file__).parents[2].parent / "shared" / "lengths" / "doc_lengths_mixture.npz"
 CONFIG = PackingConfig(mixture=Mixture(50), row_length=64, rows=40, seed=7)
-
-
-def random_documents(rng: np.random.Generator, count: int) -> list[Document]:
-    """Documents of 1 to 4 references; some too long for 64 slots, some without a source, some empty texts."""
-    documents: list[Document] = [lengths_document(0, 1), lengths_document(0, 66), lengths_document(3, 65)]
-    for _ in range(count - len(documents)):
-        source = int(rng.integers(0, 90))
-        references = rng.integers(1 if source else 2, 12, size=rng.integers(1, 5) if source else 1).tolist()
-        documents.append(lengths_document(source, *references))
-    return documents
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    rng = np.random.default_rng(3)
-    tasks = {f"B{k % 2}__c__t{k}": random_documents(rng, 10 + 20 * k) for k in range(4)}
-    levels = {"B1__c__t3": "fully_held_out"}
-    return write_corpus(tmp_path_factory.mktemp("packing") / "corpus", tasks, levels)
 
 
 def check_rows(corpus: Corpus, config: PackingConfig, arrays: PlanArrays) -> None:
@@ -78,12 +60,12 @@ def check_ledger(corpus: Corpus, arrays: PlanArrays, ledger: dict) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 40, 300, None])
-def test_plan_is_consistent(corpus: Corpus, rows: int | None) -> None:
+def test_plan_is_consistent(mixed_corpus: Corpus, rows: int | None) -> None:
     config = replace(CONFIG, rows=rows)
-    arrays, ledger = build_plan(corpus, config)
+    arrays, ledger = build_plan(mixed_corpus, config)
     assert rows is None or len(arrays.row_targets) == rows
-    check_rows(corpus, config, arrays)
-    check_ledger(corpus, arrays, ledger)
+    check_rows(mixed_corpus, config, arrays)
+    check_ledger(mixed_corpus, arrays, ledger)
 
 
 def usable_documents(corpus: Corpus, limit: int) -> set[int]:
@@ -100,10 +82,10 @@ def usable_documents(corpus: Corpus, limit: int) -> set[int]:
     }
 
 
-def test_nothing_twice_before_everything_once(corpus: Corpus) -> None:
-    arrays, ledger = build_plan(corpus, replace(CONFIG, rows=400))
-    usable = usable_documents(corpus, CONFIG.limit)
-    for task in corpus.task_records:
+def test_nothing_twice_before_everything_once(mixed_corpus: Corpus) -> None:
+    arrays, ledger = build_plan(mixed_corpus, replace(CONFIG, rows=400))
+    usable = usable_documents(mixed_corpus, CONFIG.limit)
+    for task in mixed_corpus.task_records:
         counts = Counter(d for d in arrays.entries["document"].tolist() if d in task.documents)
         times = [counts[document] for document in task.documents if document in usable]
         assert max(times) - min(times) <= 1, task.name
@@ -113,50 +95,27 @@ def test_nothing_twice_before_everything_once(corpus: Corpus) -> None:
     assert max(counts.values()) > 2  # the case is not trivial
 
 
-def test_stream_walks_each_task_in_turn(corpus: Corpus) -> None:
-    # Any prefix of the stream, not only the whole: otherwise stopping at the last row would break the rule.
-    tasks = list(corpus.task_records)
-    draws = draw_stream(corpus, tasks, np.array([25, 31, 200, 7]), limit=65, seed=1)
-    assert np.bincount(draws.task_N).tolist() == [25, 31, 200, 7]
-    for k, task in enumerate(tasks):
-        drawn = draws.document_N[draws.task_N == k]
-        size = len(task.documents)
-        assert len(set(drawn[:size].tolist())) == min(size, len(drawn))
-        assert (drawn[size:] == drawn[: len(drawn) - size]).all() if len(drawn) > size else True
-    # Spread evenly: half of the stream holds half of every task's draws, within one or two.
-    half = np.bincount(draws.task_N[: len(draws.task_N) // 2], minlength=4)
-    assert (np.abs(half - np.array([12.5, 15.5, 100, 3.5])) < 4).all()
-
-
-def test_references_are_all_drawn(corpus: Corpus) -> None:
-    tasks = list(corpus.task_records)
-    draws = draw_stream(corpus, tasks, np.array([2000, 0, 0, 0]), limit=65, seed=1)
-    for document in tasks[0].documents:
-        drawn = draws.reference_N[draws.document_N == document]
-        assert set(drawn.tolist()) == set(range(corpus.num_references(document)))
-
-
-def test_once_takes_every_document_once(corpus: Corpus) -> None:
-    arrays, ledger = build_plan(corpus, replace(CONFIG, rows=None))
+def test_once_takes_every_document_once(mixed_corpus: Corpus) -> None:
+    arrays, ledger = build_plan(mixed_corpus, replace(CONFIG, rows=None))
     documents = arrays.entries["document"].tolist()
     assert len(documents) == len(set(documents))
-    assert usable_documents(corpus, CONFIG.limit) <= set(documents)
+    assert usable_documents(mixed_corpus, CONFIG.limit) <= set(documents)
     assert [line["drawn"] for line in ledger.values()] == [
-        len(task.documents) for task in corpus.task_records
+        len(task.documents) for task in mixed_corpus.task_records
     ]
     # Each task begins with an empty text, a text of 66 and a target of 65 tokens: no row of 64 holds them.
     assert all(line["dropped"]["no_target"] == 1 for line in ledger.values())
     assert all(line["dropped"]["target_too_long"] == 2 for line in ledger.values())
 
 
-def test_once_of_one_level(corpus: Corpus) -> None:
-    arrays, ledger = build_plan(corpus, replace(CONFIG, rows=None, level="fully_held_out"))
+def test_once_of_one_level(mixed_corpus: Corpus) -> None:
+    arrays, ledger = build_plan(mixed_corpus, replace(CONFIG, rows=None, level="fully_held_out"))
     assert list(ledger) == ["B1__c__t3"]
-    assert set(arrays.entries["document"].tolist()) <= set(corpus.tasks["B1__c__t3"])
+    assert set(arrays.entries["document"].tolist()) <= set(mixed_corpus.tasks["B1__c__t3"])
     with pytest.raises(
         ValueError, match="no task of level 'held_out'; it has fully_held_out, fully_supervised"
     ):
-        build_plan(corpus, replace(CONFIG, level="held_out"))
+        build_plan(mixed_corpus, replace(CONFIG, level="held_out"))
 
 
 def same(a: PlanArrays, b: PlanArrays) -> bool:
@@ -166,10 +125,10 @@ def same(a: PlanArrays, b: PlanArrays) -> bool:
     )
 
 
-def test_the_seed_says_everything(corpus: Corpus) -> None:
-    first, _ = build_plan(corpus, CONFIG)
-    again, _ = build_plan(corpus, CONFIG)
-    other, _ = build_plan(corpus, replace(CONFIG, seed=8))
+def test_the_seed_says_everything(mixed_corpus: Corpus) -> None:
+    first, _ = build_plan(mixed_corpus, CONFIG)
+    again, _ = build_plan(mixed_corpus, CONFIG)
+    other, _ = build_plan(mixed_corpus, replace(CONFIG, seed=8))
     assert same(first, again)
     assert not same(first, other)
 
@@ -182,33 +141,12 @@ def test_known_plan(tmp_path: Path) -> None:
     assert [row.tolist() for row in rows] == [[5], [1, 3], [4, 0], [2]]
 
 
-@pytest.mark.parametrize(
-    ("source", "target", "cut", "length", "kept"),
-    [
-        (6, 3, 0, 9, True),  # limit tokens take limit - 1 slots: the whole row of 8
-        (7, 3, 1, 9, True),
-        (20, 3, 14, 9, True),
-        (20, 8, 19, 9, True),  # one token of the source stays
-        (20, 9, 20, 9, False),
-        (1, 8, 0, 9, True),
-        (0, 9, 0, 9, True),  # without a source the target may be the whole document
-        (0, 10, 1, 9, False),
-        (0, 2, 0, 2, True),
-        (0, 1, 0, 1, False),  # an empty text: only its end, which nothing predicts
-        (5, 1, 0, 6, True),
-    ],
-)
-def test_cut_and_drop(source: int, target: int, cut: int, length: int, kept: bool) -> None:
-    lengths = Lengths(np.array([source]), np.array([target]), limit=9)
-    assert (lengths.cut_N[0], lengths.length_N[0], bool(lengths.kept_N[0])) == (cut, length, kept)
-
-
-def test_positions_limit_documents_in_long_rows(corpus: Corpus) -> None:
+def test_positions_limit_documents_in_long_rows(mixed_corpus: Corpus) -> None:
     assert PackingConfig(Mixture(), row_length=16384, rows=1, seed=1).limit == 2049
     config = replace(CONFIG, row_length=512, max_positions=32, rows=10)
-    arrays, _ = build_plan(corpus, config)
+    arrays, _ = build_plan(mixed_corpus, config)
     assert arrays.entries["length"].max() == 33
-    check_rows(corpus, config, arrays)
+    check_rows(mixed_corpus, config, arrays)
 
 
 def test_mixture_is_followed(tmp_path: Path) -> None:
@@ -231,13 +169,6 @@ def test_mixture_is_followed(tmp_path: Path) -> None:
         assert task.tokens == pytest.approx(ledger[task.name]["tokens"], rel=0.06)
     with pytest.raises(ValueError, match="give a number of rows to explain"):
         explain_plan(corpus, replace(config, rows=None))
-
-
-def test_measured_sizes(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "c", {"A__x__y": [lengths_document(4, 2, 4), lengths_document(30, 3)]})
-    (size,) = measure_tasks(corpus, corpus.task_records, limit=20)
-    # (mean of 6 and 8, 20 after the cut) / 2; targets (mean of 2 and 4, 3) / 2.
-    assert (size.documents, size.tokens, size.target_tokens) == (2, 13.5, 3.0)
 
 
 def test_impossible_plans(tmp_path: Path) -> None:
