@@ -39,16 +39,18 @@ def document_attention_reference(
         [tokens, heads, head size] in the type of qkv, computed in fp32 (fp64 for fp64 input). Rows that see
         nothing are zero.
     """
-    tokens, heads, _, head_dim = qkv_TH3D.shape
+    heads = qkv_TH3D.shape[1]
     precision = torch.promote_types(qkv_TH3D.dtype, torch.float32)
     q_HTD, k_HTD, v_HTD = qkv_TH3D.to(precision).permute(2, 1, 0, 3)
     heads_H = torch.arange(first_head, first_head + heads, device=qkv_TH3D.device)
+    everything = torch.ones((), dtype=torch.bool, device=qkv_TH3D.device)
     pieces: list[Tensor] = []
-    edges = [0, *(edge for edge in torch.unique(bounds.end_T).tolist() if 0 < edge < tokens), tokens]
+    edges = _segment_edges(bounds.end_T)
     for first, stop in zip(edges[:-1], edges[1:], strict=True):
         visible_C = torch.nonzero(bounds.end_T[:stop] > first).squeeze(1)
         if visible_C.numel() == 0:
-            pieces.append(q_HTD.new_zeros(heads, stop - first, head_dim))
+            # Zeros that still depend on the input: a row of padding alone has a backward like any other.
+            pieces.append(q_HTD[:, first:stop].masked_fill(everything, 0.0))
             continue
         rows_R = torch.arange(first, stop, device=visible_C.device)
         scores_HRC = softmax_scale * q_HTD[:, first:stop] @ k_HTD[:, visible_C].transpose(1, 2)
@@ -59,3 +61,12 @@ def document_attention_reference(
             probabilities_HRC = probabilities_HRC * keep_HRC / (1.0 - dropout_probability)
         pieces.append(probabilities_HRC @ v_HTD[:, visible_C])
     return torch.cat(pieces, dim=1).transpose(0, 1).to(qkv_TH3D.dtype)
+
+
+def _segment_edges(end_T: Tensor) -> list[int]:
+    """First row of every segment, then the number of rows."""
+    index_T = torch.arange(end_T.numel(), device=end_T.device)
+    # Padding between documents: alone in its segment, or the softmax of a row without columns would be NaN.
+    blind_P = index_T[end_T <= index_T]
+    edges = torch.cat([end_T, blind_P, blind_P + 1]).unique().tolist()
+    return [0, *(edge for edge in edges if 0 < edge < end_T.numel()), end_T.numel()]
