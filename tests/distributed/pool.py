@@ -2,12 +2,12 @@
 
     pool.run(function, 4, argument, ...)     ->  [result of rank 0, ..., result of rank 3]
 
-`function` is a module-level function of any test or helper file. It runs on every rank inside a joined world, where
-`start_distributed(config)` builds the groups of a layout. Afterwards the groups and the world are taken down, so the
-next job may use another number of ranks and another layout.
+`function` is a module-level function of any test or helper file. It runs on every rank inside a joined world,
+where `start_distributed(config)` builds the groups of a layout. Afterwards the groups and the world are taken
+down, so the next job may use another number of ranks and another layout.
 
-A fork server imports torch and megatron-core once (seconds); a worker is then a fork of it (milliseconds). So a job
-that fails or hangs costs nothing more than its workers, which are ended and replaced.
+A fork server imports torch and megatron-core once (seconds); a worker is then a fork of it (milliseconds). So
+a job that fails or hangs costs nothing more than its workers, which are ended and replaced.
 """
 
 import importlib.util

@@ -2,9 +2,10 @@
 
 Each layout first passes the self-test of isolation, which must leave no trace in what follows.
 
-Tolerances. Layouts differ in the order of fp32 sums only, one rounding (6e-8, relative) a sum. Seen over 10 steps:
-losses 6e-8 apart, gradient norms 3e-7 (relative), weights 1.2e-6, where a weight moves up to 1e-2. A mask, a count or
-a gradient that differs moves them by 1e-3 and more (see the last test). So: 1e-6, 2e-6 and 1e-5.
+Tolerances. Layouts differ in the order of fp32 sums only, one rounding (6e-8, relative) a sum. Seen over 10
+steps: losses 6e-8 apart, gradient norms 3e-7 (relative), weights 1.2e-6, where a weight moves up to 1e-2. A
+mask, a count or a gradient that differs moves them by 1e-3 and more (see the last test). So: 1e-6, 2e-6 and
+1e-5.
 """
 
 import dataclasses

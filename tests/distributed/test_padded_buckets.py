@@ -1,8 +1,8 @@
 """Two faults of megatron-core 0.16.1 in reshardable checkpoints, and that our remedies are what removes them.
 
-With three data ranks no bucket's end is a multiple of what three ranks share, so every bucket is padded; the plain
-DistributedOptimizer then saves each parameter behind a padded bucket shifted. torch's own AdamW saves, but no load
-follows. When either test finds that the fault is gone, the remedy can go too.
+With three data ranks no bucket's end is a multiple of what three ranks share, so every bucket is padded; the
+plain DistributedOptimizer then saves each parameter behind a padded bucket shifted. torch's own AdamW saves,
+but no load follows. When either test finds that the fault is gone, the remedy can go too.
 """
 
 from pathlib import Path

@@ -1,8 +1,9 @@
-"""Checkpoints between layouts: saved under one, loaded under another, saved again: the same numbers, bit for bit.
+"""Checkpoints between layouts: saved under one, loaded under another, saved again, the same bits.
 
-A state is compared as whole tensors read straight from the files: weights, fp32 master weights, both Adam moments.
-Reading back with the code that wrote could hide a mistake in it, so the first state is also compared with that of a
-single rank, which shards nothing (to rounding: see test_layouts.py for how far layouts may differ).
+A state is compared as whole tensors read straight from the files: weights, fp32 master weights, both Adam
+moments. Reading back with the code that wrote could hide a mistake in it, so the first state is also compared
+with that of a single rank, which shards nothing (to rounding: see test_layouts.py for how far layouts may
+differ).
 """
 
 from pathlib import Path

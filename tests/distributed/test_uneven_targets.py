@@ -36,15 +36,23 @@ def train_on_halves(config: runs.Config, order: list[int]) -> runs.Outcome:
     return runs.outcome(engine, [train_step(engine, step_rows, runs.LEARNING_RATE) for _ in range(2)])
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
-def test_every_target_weighs_the_same(pool: Pool, pipeline: int) -> None:
+PIPELINE = ParallelConfig(pipeline_model_parallel_size=2)
+# Reduction waits for every parameter's gradient, recomputation for every output's: also those of padding.
+OVERLAP = ParallelConfig(overlap_grad_reduce=True, recompute_granularity="selective")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(2, ParallelConfig()), (4, PIPELINE), (2, OVERLAP)],
+    ids=["dp2", "pp2-dp2", "overlap"],
+)
+def test_every_target_weighs_the_same(pool: Pool, ranks: int, parallel: ParallelConfig) -> None:
     single = pool.run(train_on_halves, 1, runs.run_config(), [0, 1, 2, 3])[0]
     assert [step.num_targets for step in single.steps] == [55, 55]
-    config = runs.run_config(parallel=ParallelConfig(pipeline_model_parallel_size=pipeline))
     expected = runs.full_weights([single])
     # As dealt by hand, then with the ranks' work mixed: neither may matter.
     for order in ([0, 1, 2, 3], [3, 0, 2, 1]):
-        outcomes = pool.run(train_on_halves, 2 * pipeline, config, order)
+        outcomes = pool.run(train_on_halves, ranks, runs.run_config(parallel=parallel), order)
         for rank in outcomes:
             for ours, theirs in zip(rank.steps, single.steps, strict=True):
                 assert ours.num_targets == theirs.num_targets
