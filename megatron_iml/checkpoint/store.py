@@ -210,7 +210,7 @@ def check_master_weights(tensors: dict[str, Any]) -> None:
 
 
 def _sharding() -> dict[str, Any]:
-    """The form of optimizer state; made anew, because megatron-core adds its process groups to what it is given."""
+    """The form of optimizer state; made anew, since megatron-core writes its process groups into it."""
     return {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
