@@ -3,7 +3,7 @@
 All rows have one shape, so matrix products cost the same; attention (visible pairs) and the LM head (targets)
 do not. Heaviest row first, each to the rank with the least work that still has room:
 
-    costs [9, 1, 1, 5], two ranks of two rows   ->   [[0, 1], [2, 3]]   (10 and 6; the order of rows is kept)
+    costs [9, 1, 1, 5], two ranks of two rows   ->   [[0, 2], [1, 3]]   (10 and 6; the order of rows is kept)
 """
 
 import heapq

@@ -83,7 +83,7 @@ def test_metaseqs_worked_example(config: Config) -> None:
     assert_same(config, packed, pieces)
     _, gradients = run(config, [packed])
     rows = gradients["embedding.position_embeddings.weight"].abs().sum(1)
-    # The first </s> is predicted, not read: rows 2 and 3, then 2 again; the slot of padding adds nothing to row 2.
+    # The first </s> is predicted, not read, so no document reaches a third position.
     assert rows.nonzero().flatten().tolist() == [2, 3]
 
 
