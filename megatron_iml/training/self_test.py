@@ -39,11 +39,12 @@ class Trace:
 
 def run_self_test(engine: Engine) -> None:
     """Raise RuntimeError, naming the ranks, if a document reaches another on this layout."""
-    pieces = sample_documents(engine.config.data.row_length, engine.config.model.vocab_size)
+    model = engine.config.model
+    pieces = sample_documents(engine.config.data.row_length, model.vocab_size, model.max_position_embeddings)
     before = _trace(engine, _row(engine, pieces))
     problems = []
     for changed, may_differ in ((1, {1}), (TRUNK, {TRUNK, *BRANCHES}), (BRANCHES[0], {BRANCHES[0]})):
-        after = _trace(engine, _row(engine, _change(pieces, changed, engine.config.model.vocab_size)))
+        after = _trace(engine, _row(engine, _change(pieces, changed, model.vocab_size)))
         problems += _compare(engine, pieces, before, after, changed, may_differ)
     engine.zero_gradients()
     everyone: list[list[str]] = [[] for _ in range(engine.layout.world_size)]
@@ -56,11 +57,12 @@ def run_self_test(engine: Engine) -> None:
         )
 
 
-def sample_documents(row_length: int, vocab_size: int) -> list[Piece]:
+def sample_documents(row_length: int, vocab_size: int, max_positions: int) -> list[Piece]:
     """Six documents of odd lengths that leave some padding; every token after the first is a target or
     source."""
     rng = np.random.default_rng(0)
-    unit = max(row_length // 16, 3)
+    # The longest takes 3 units; rows may be longer than any document can be.
+    unit = max(min(row_length // 16, max_positions // 3), 3)
     lengths = [unit, 2 * unit + 1, 3, 3 * unit, 2 * unit, 2 * unit - 1]
     documents = [rng.integers(4, vocab_size, length).astype(np.int32) for length in lengths]
     shared = unit
