@@ -47,10 +47,11 @@ class Reporter:
             return
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
-        kept = _rows_up_to(path, first_step)
-        self.file = path.open("w")
-        self.file.writelines(kept)
-        self.file.flush()
+        # Replaced whole: a run that is killed right here keeps its trace.
+        trimmed = path.with_suffix(".tmp")
+        trimmed.write_text("".join(_rows_up_to(path, first_step)))
+        trimmed.replace(path)
+        self.file = path.open("a")
         self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
         # A log file gets plain lines at any width; only a terminal gets the bar.
         self.console = Console(width=None if sys.stdout.isatty() else 250)
