@@ -5,7 +5,8 @@ full_weights(outcomes)                              # {global name: whole tensor
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from unittest import mock
@@ -19,7 +20,7 @@ from megatron_iml.config import Config, DataConfig, OptimizerConfig, ParallelCon
 from megatron_iml.data.loader import Piece, Row, assemble_row
 from megatron_iml.model.initialise import initialise
 from megatron_iml.model.parameters import named_global_parameters, tensor_parallel_dim
-from megatron_iml.parallel.groups import Layout, start_distributed
+from megatron_iml.parallel.groups import Layout, start_distributed, stop_distributed
 from megatron_iml.parallel.rows import deal_rows
 from megatron_iml.training import optimizer
 from megatron_iml.training.engine import Engine, build_engine
@@ -108,6 +109,15 @@ def fresh_engine(config: Config) -> Engine:
     initialise(engine.chunks, config.model, config.training.seed, layout)
     engine.optimizer.reload_model_params()
     return engine
+
+
+@contextmanager
+def alone(config: Config) -> Iterator[Engine]:
+    """A fresh engine in this process, a world of one."""
+    try:
+        yield fresh_engine(config)
+    finally:
+        stop_distributed()
 
 
 def take_steps(engine: Engine, steps: range, num_rows: int = ROWS_PER_STEP) -> list[StepResult]:
