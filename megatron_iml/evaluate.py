@@ -83,7 +83,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
             report = Report(conditions, aggregate(result.score for result in results))
             metrics = Path(config.training.output_directory) / "metrics.jsonl"
             write_report(output, report, baseline, metrics if metrics.is_file() else None)
-            for table in report_tables(report.scores, None if baseline is None else baseline.scores):
+            levels, categories, *_ = report_tables(
+                report.scores, None if baseline is None else baseline.scores
+            )
+            # The table of every task needs a page, not a console: report.md has it.
+            for table in (levels, categories):
                 console.print(to_rich(table))
             console.print(f"report: {output / 'report.md'}", markup=False)
 

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_iml.checkpoint.hugging_face import is_hugging_face_folder, load_hugging_face
-from megatron_iml.checkpoint.store import load_weights, read_record
+from megatron_iml.checkpoint.hugging_face import is_hugging_face_folder
+from megatron_iml.checkpoint.store import read_record
+from megatron_iml.checkpoint.weights import fill_weights
 from megatron_iml.config import Config, ParallelConfig, check_layout
 from megatron_iml.data.tokenizer import Tokenizer
 from megatron_iml.evaluation.replicas import Replicas
@@ -72,10 +73,8 @@ def open_model(config: Config, checkpoint: str) -> Iterator[OpenedModel]:
         chunks = build_model(config, layout)
         if folder is None:
             initialise(chunks, config.model, config.training.seed, layout)
-        elif is_hugging_face_folder(folder):
-            load_hugging_face(folder, chunks, config.model, layout)
         else:
-            load_weights(folder, chunks, config.model)
+            fill_weights(folder, chunks, config.model, layout)
         positions = config.model.max_position_embeddings
         model = InferenceModel(chunks[0], layout, tokenizer.vocab_size, positions)
         yield OpenedModel(model, tokenizer, replicas_of(layout), fingerprint_weights(config, folder))

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_iml.checkpoint.hugging_face import is_hugging_face_folder, load_hugging_face
 from megatron_iml.checkpoint.store import (
     CheckpointStore,
     RunState,
     complete_checkpoints,
     load_run,
-    load_weights,
 )
+from megatron_iml.checkpoint.weights import fill_weights
 from megatron_iml.config import Config, micro_batches_per_step, parameter_count, rows_per_step, save_config
 from megatron_iml.data.corpus import Corpus
 from megatron_iml.data.loader import Loader
@@ -103,6 +102,12 @@ def open_loader(corpus_folder: Path, plan_folder: Path, config: Config) -> Loade
             f"plan {plan_folder} has rows of {plan.row_length} positions, data.row_length is "
             f"{config.data.row_length}: set data.row_length={plan.row_length} or build the plan again"
         )
+    if plan.max_positions > config.model.max_position_embeddings:
+        raise ValueError(
+            f"plan {plan_folder} holds documents of up to {plan.max_positions} positions, "
+            f"model.max_position_embeddings is {config.model.max_position_embeddings}: build the plan with "
+            f"--max-positions {config.model.max_position_embeddings}"
+        )
     if corpus.padded_vocab_size != config.model.vocab_size:
         raise ValueError(
             f"corpus {corpus_folder} was written with a vocabulary of {corpus.padded_vocab_size} ids "
@@ -137,21 +142,7 @@ def _fill(engine: Engine, checkpoints: Path, plan_fingerprint: str) -> tuple[Run
         start = "random weights"
     else:
         folder = Path(config.checkpoint.initial_weights)
-        load_initial_weights(folder, engine)
+        fill_weights(folder, engine.chunks, config.model, engine.layout)
         start = f"from {folder}"
     engine.optimizer.reload_model_params()
     return RunState(0, 0, plan_fingerprint), start
-
-
-def load_initial_weights(folder: Path, engine: Engine) -> None:
-    """Fill the weights from a Hugging Face OPT folder or a native checkpoint."""
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"checkpoint.initial_weights {folder} is no folder: name a Hugging Face OPT folder or a "
-            "native checkpoint, "
-            "or set model.initialisation=random"
-        )
-    if is_hugging_face_folder(folder):
-        load_hugging_face(folder, engine.chunks, engine.config.model, engine.layout)
-    else:
-        load_weights(folder, engine.chunks, engine.config.model)
