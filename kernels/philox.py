@@ -44,18 +44,26 @@ def dropout_key(seed: int, row: int, layer: int, place: Place) -> int:
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
-def philox(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def key_tensor(key: int, device: torch.device) -> Tensor:
+    """The 64 bits of a key as an int64 tensor of no dimensions, which a CUDA graph can read anew."""
+    signed = key - 2**64 if key >= 2**63 else key
+    return torch.full((), signed, dtype=torch.int64, device=device)
+
+
+def philox(
+    key: int | Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox4x32.
 
     Args:
-        key: 64 bits.
+        key: 64 bits, in an int or in an int64 tensor of no dimensions.
         counter: four int64 tensors, broadcastable, each element in [0, 2^32).
 
     Returns:
         Four int64 tensors of random 32-bit words.
     """
     c0, c1, c2, c3 = counter
-    k0, k1 = key & _LOW, key >> 32
+    k0, k1 = key & _LOW, (key >> 32) & _LOW
     for _ in range(10):
         # A product of two 32-bit words wraps in int64, but its bits are right: mask after the shift.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
@@ -74,11 +82,13 @@ def keep_threshold(probability: float) -> int:
     return min(round(probability * 2.0**32), _LOW)
 
 
-def keep_mask(key: int, probability: float, rows_R: Tensor, columns_C: Tensor, planes_P: Tensor) -> Tensor:
+def keep_mask(
+    key: int | Tensor, probability: float, rows_R: Tensor, columns_C: Tensor, planes_P: Tensor
+) -> Tensor:
     """The keep mask at global coordinates.
 
     Args:
-        key: from `dropout_key`.
+        key: from `dropout_key`; an int64 tensor holds the same 64 bits (`key_tensor`).
         probability: share of elements dropped, in [0, 1).
         rows_R, columns_C, planes_P: int64 coordinates; columns may be any increasing subset.
 

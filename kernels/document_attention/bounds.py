@@ -1,4 +1,4 @@
-"""Who sees whom in a packed row, as one int32 per token.
+"""Who sees whom in a packed row, as one int32 per token, and which tiles of the mask there are to compute.
 
 `end_T[col]` is one past the last row that may see column `col`: row sees col if and only if
 `col <= row < end_T[col]`. For plain documents `end` is one past the document's last slot; for padding
@@ -8,7 +8,12 @@ trunk before branches, and `end` is one past the last descendant:
     two documents of 3 and 2 slots, then padding       end_T = [3, 3, 3, 5, 5, 5]
     a trunk of 2 slots with branches of 2 and 1        end_T = [5, 5, 4, 4, 5]
 
-`start_T[row]`, the first column a row may see, follows from `end` and only bounds loops.
+`start_T[row]`, the first column a row may see, follows from `end`. So does the `TileSchedule` that kernels
+walk: for tiles of 2 x 2 slots, the trunk with its branches has the column tiles
+
+    rows 0-1: [0]      rows 2-3: [0, 1]      row 4: [0, 2]      the branch in tile 1 is over before row 4
+
+T slots, Q query tiles, K key tiles.
 """
 
 from dataclasses import dataclass
@@ -16,17 +21,76 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+QUERY_TILE, KEY_TILE = 64, 64
+"""Rows and columns of the schedule's tiles."""
+
+
+@dataclass(frozen=True)
+class TileSchedule:
+    """The tiles of the mask that hold something visible. All int32, on the device of `end`."""
+
+    key_tiles_QK: Tensor
+    """For each query tile the key tiles to visit, ascending, as 2 * tile + (1 if some pair is masked). The
+    tiles on the diagonal come last and always; what follows them is unspecified."""
+    num_key_tiles_Q: Tensor
+    """How many of them there are."""
+    stop_Q: Tensor
+    """Of the slots of tile q as columns: one past the last row that sees any of them."""
+    common_stop_Q: Tensor
+    """Likewise: one past the last row that sees all of them (0 in a tile that the row's end cuts)."""
+    forward_order_Q: Tensor
+    """Query tiles, most key tiles first: long work must not start last."""
+    backward_order_Q: Tensor
+    """The same by key tiles visited plus query tiles that visit."""
+
+    @classmethod
+    def from_end(cls, end_T: Tensor, rows: int = QUERY_TILE, columns: int = KEY_TILE) -> "TileSchedule":
+        """Compute the schedule with a few torch operations and no host synchronisation.
+
+        Args:
+            end_T: int32 [T].
+            rows, columns: size of a tile; rows must be a multiple of columns. Memory: 4 bytes per tile of the
+                T x T square, 1 MiB at 32,768 slots.
+        """
+        assert rows % columns == 0, f"query tiles of {rows} rows are no multiple of {columns} columns"
+        queries = -(-end_T.numel() // rows)
+        padded_T = torch.nn.functional.pad(end_T, (0, queries * rows - end_T.numel()))
+        ends_KC = padded_T.view(-1, columns)
+        first_row_Q1 = torch.arange(0, queries * rows, rows, device=end_T.device)[:, None]
+        tile_K = torch.arange(ends_KC.shape[0], device=end_T.device)
+        on_diagonal_QK = tile_K // (rows // columns) == first_row_Q1 // rows
+        sees_QK = (ends_KC.amax(1) > first_row_Q1) & (tile_K * columns < first_row_Q1) | on_diagonal_QK
+        masked_QK = (ends_KC.amin(1) < first_row_Q1 + rows) | on_diagonal_QK
+        # Stable: tiles with something to see move to the front and stay ascending.
+        order_QK = torch.argsort(sees_QK, dim=1, descending=True, stable=True)
+        num_Q = sees_QK.sum(1)
+        ends_QR = padded_T.view(-1, rows)
+        stop_Q = ends_QR.amax(1)
+        visits_Q = num_Q + (stop_Q - first_row_Q1[:, 0]).clamp(min=0) // columns
+        return cls(
+            key_tiles_QK=(2 * order_QK + masked_QK.gather(1, order_QK)).int(),
+            num_key_tiles_Q=num_Q.int(),
+            stop_Q=stop_Q,
+            common_stop_Q=ends_QR.amin(1),
+            forward_order_Q=torch.argsort(num_Q, descending=True, stable=True).int(),
+            backward_order_Q=torch.argsort(visits_Q, descending=True, stable=True).int(),
+        )
+
 
 @dataclass(frozen=True)
 class DocumentBounds:
-    """Bounds of one row on one device: `end_T` decides, `start_T` only saves work. Both int32 [tokens]."""
+    """Bounds of one row on one device: `end_T` decides, the rest only saves work.
+
+    `end_T` and `start_T` are int32 [tokens]; the schedule is made once and serves every layer.
+    """
 
     end_T: Tensor
     start_T: Tensor
+    schedule: TileSchedule
 
     @classmethod
     def from_end(cls, end_T: Tensor) -> "DocumentBounds":
-        """Derive the loop bound: the first column whose `end` lies beyond the row.
+        """Derive the loop bounds. `start` is the first column whose `end` lies beyond the row.
 
         A row that sees nothing gets its own index. Intervals [col, end[col]) are nested or disjoint, so a
         row's first visible column is the first column of the tree it lies in: the latest col such that every
@@ -37,4 +101,8 @@ class DocumentBounds:
         reach_T = torch.cummax(end_T, dim=0).values
         previous_reach_T = torch.cat([reach_T.new_zeros(1), reach_T[:-1]])
         starts_here_T = torch.where(previous_reach_T <= index_T, index_T, torch.zeros_like(index_T))
-        return cls(end_T=end_T, start_T=torch.cummax(starts_here_T, dim=0).values)
+        return cls(
+            end_T=end_T,
+            start_T=torch.cummax(starts_here_T, dim=0).values,
+            schedule=TileSchedule.from_end(end_T),
+        )

@@ -23,7 +23,7 @@ def document_attention_reference(
     bounds: DocumentBounds,
     softmax_scale: float,
     dropout_probability: float = 0.0,
-    dropout_key: int = 0,
+    dropout_key: int | Tensor = 0,
     first_head: int = 0,
 ) -> Tensor:
     """Attention of every token to the tokens of its own document at or before it.
@@ -32,8 +32,8 @@ def document_attention_reference(
         qkv_TH3D: [tokens, heads, 3, head size], query, key and value of each head side by side; any float
         type. bounds: who sees whom. softmax_scale: factor on the scores, usually head size ** -0.5.
         dropout_probability: share of attention probabilities dropped; the rest is scaled by 1 / (1 - p).
-        dropout_key: Philox key of this row, layer and place. first_head: global index of the first head here,
-        so that masks do not depend on tensor parallelism.
+        dropout_key: Philox key of this row, layer and place, an int or an int64 tensor of no dimensions.
+        first_head: global index of the first head here, so that masks do not depend on tensor parallelism.
 
     Returns:
         [tokens, heads, head size] in the type of qkv, computed in fp32 (fp64 for fp64 input). Rows that see

@@ -1,0 +1,133 @@
+"""`document_attention`, the operation: checks, custom-op registration and autograd around the Triton kernels.
+
+    out_THD = document_attention(qkv_T1C.view(-1, heads, 3, head_dim), DocumentBounds.from_end(end_T),
+                                 softmax_scale=head_dim**-0.5)
+
+What enters: the fused projection as it is, any strides with D contiguous; it is never split, transposed or
+copied. What leaves: a contiguous [T, H, D]; the backward hands back one contiguous gradient [T, H, 3, D].
+Nothing synchronises with the host and nothing is decided by values, so the op runs under torch.compile and
+in a CUDA graph; replays with a new `dropout_key` tensor draw new masks.
+
+T slots of the row, H heads here, D head size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..launch import require_kernel_device
+from ..philox import key_tensor
+from .bounds import DocumentBounds, TileSchedule
+
+LARGEST_HEAD_DIM = 128
+
+
+@torch.library.custom_op("megatron_iml::document_attention", mutates_args=())
+def _attention(
+    qkv: Tensor, end: Tensor, schedule: Sequence[Tensor], dropout_key: Tensor, softmax_scale: float,
+    dropout_probability: float, first_head: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from .launch import launch_forward, problem_of
+
+    return launch_forward(
+        problem_of(qkv, end, schedule, dropout_key, softmax_scale, dropout_probability, first_head)
+    )
+
+
+@torch.library.custom_op("megatron_iml::document_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse2: Tensor, end: Tensor, schedule: Sequence[Tensor],
+    dropout_key: Tensor, softmax_scale: float, dropout_probability: float, first_head: int,
+) -> Tensor:  # fmt: skip
+    from .launch import launch_backward, problem_of
+
+    if grad.stride(2) != 1:
+        grad = grad.contiguous()
+    problem = problem_of(qkv, end, schedule, dropout_key, softmax_scale, dropout_probability, first_head)
+    return launch_backward(problem, out, lse2, grad)
+
+
+@_attention.register_fake
+def _(qkv: Tensor, *unused: Any) -> tuple[Tensor, Tensor]:
+    tokens, heads, _, head_dim = qkv.shape
+    return qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(heads, tokens, dtype=torch.float32)
+
+
+@_attention_backward.register_fake
+def _(grad: Tensor, qkv: Tensor, *unused: Any) -> Tensor:
+    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, end, schedule, dropout_key, *ctx.numbers = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(qkv, *output, end, dropout_key, *schedule)
+
+
+def _differentiate(ctx: Any, grad: Tensor, unused_lse2: Tensor | None) -> tuple[Any, ...]:
+    qkv, out, lse2, end, dropout_key, *schedule = ctx.saved_tensors
+    d_qkv = _attention_backward(grad, qkv, out, lse2, end, schedule, dropout_key, *ctx.numbers)
+    return d_qkv, None, [None] * len(schedule), None, None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def document_attention(
+    qkv_TH3D: Tensor,
+    bounds: DocumentBounds,
+    softmax_scale: float,
+    dropout_probability: float = 0.0,
+    dropout_key: int | Tensor = 0,
+    first_head: int = 0,
+) -> Tensor:
+    """Attention of every token to the tokens of its own document at or before it, in Triton.
+
+    Args:
+        qkv_TH3D: [tokens, heads, 3, head size], query, key and value of each head side by side; bf16, fp16 or
+            fp32 on a GPU (any device under TRITON_INTERPRET=1), head size 1 to 128, contiguous in D.
+        bounds: who sees whom, on the same device.
+        softmax_scale: positive factor on the scores, usually head size ** -0.5.
+        dropout_probability: share of attention probabilities dropped, in [0, 1); the rest is scaled by
+            1 / (1 - p). The masks are those of `philox.keep_mask` at (row, column, first_head + head).
+        dropout_key: Philox key of this row, layer and place, an int or an int64 tensor of no dimensions.
+        first_head: global index of the first head here, so that masks do not depend on tensor parallelism.
+
+    Returns:
+        [tokens, heads, head size] in the type of qkv; sums run in fp32. Rows that see nothing are zero. A NaN
+        or an infinity reaches only rows that see it.
+
+    Raises:
+        ValueError: an argument outside of what is said above.
+    """
+    require_kernel_device("document_attention", qkv_TH3D)
+    _require(qkv_TH3D, bounds, softmax_scale, dropout_probability)
+    if isinstance(dropout_key, int):
+        dropout_key = key_tensor(dropout_key, qkv_TH3D.device)
+    schedule = [getattr(bounds.schedule, field.name) for field in fields(TileSchedule)]
+    out_THD, _ = _attention(
+        qkv_TH3D, bounds.end_T, schedule, dropout_key, softmax_scale, dropout_probability, first_head
+    )
+    return out_THD
+
+
+def _require(qkv: Tensor, bounds: DocumentBounds, scale: float, probability: float) -> None:
+    shape, end = tuple(qkv.shape), bounds.end_T
+    if qkv.dim() != 4 or shape[2] != 3 or not 1 <= shape[3] <= LARGEST_HEAD_DIM or qkv.stride(3) != 1:
+        raise ValueError(
+            f"document_attention: qkv has shape {shape} and strides {qkv.stride()}; allowed: [tokens, heads, "
+            f"3, head size 1 to {LARGEST_HEAD_DIM}] with stride 1 in the last dimension; view the fused "
+            "projection as such"
+        )
+    if (tuple(end.shape), end.dtype, end.device) != ((shape[0],), torch.int32, qkv.device):
+        raise ValueError(
+            f"document_attention: end is {end.dtype} {tuple(end.shape)} on {end.device}; it must be "
+            f"torch.int32 {(shape[0],)} on {qkv.device}, like qkv; build the bounds from the row's own end"
+        )
+    if not scale > 0.0:
+        raise ValueError(f"document_attention: softmax_scale is {scale}; it must be above 0, try {shape[3]}**-0.5")
+    if not 0.0 <= probability < 1.0:
+        raise ValueError(f"document_attention: dropout_probability is {probability}; allowed: 0 <= p < 1")
