@@ -1,0 +1,6 @@
+"""Bias and ReLU of the feed-forward's first projection, in one pass."""
+
+from .op import bias_relu
+from .reference import bias_relu_reference
+
+__all__ = ["bias_relu", "bias_relu_reference"]

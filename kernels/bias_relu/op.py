@@ -1,0 +1,47 @@
+"""bias_relu with its checks and gradients. See `reference.py` for plain torch. T slots, F features.
+
+hidden = bias_relu(projected, bias)        # the backward keeps `hidden`, which the next projection keeps too
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..launch import require, require_kernel_device
+
+
+def bias_relu(x_TF: Tensor, bias_F: Tensor) -> Tensor:
+    """relu(x + bias), added in fp32 and rounded once.
+
+    Args:
+        x_TF: [..., features], contiguous; bf16, fp16 or fp32. bias_F: [features] in the same type.
+
+    Raises:
+        ValueError: shapes, types or devices that do not go together.
+    """
+    require_kernel_device("bias_relu", x_TF)
+    require("bias_relu", "x", x_TF, tuple(x_TF.shape), x_TF.dtype, x_TF.device)
+    require("bias_relu", "bias", bias_F, (x_TF.shape[-1],), x_TF.dtype, x_TF.device)
+    return _BiasReLU.apply(x_TF, bias_F)
+
+
+class _BiasReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TF: Tensor, bias_F: Tensor) -> Tensor:
+        from .kernel import run_forward
+
+        y_TF = run_forward(x_TF.view(-1, x_TF.shape[-1]), bias_F).view(x_TF.shape)
+        ctx.save_for_backward(y_TF)
+        return y_TF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y_TF: Tensor) -> tuple[Tensor, Tensor]:
+        from .kernel import run_backward
+
+        (y_TF,) = ctx.saved_tensors
+        features = y_TF.shape[-1]
+        d_x_TF, d_bias_F = run_backward(d_y_TF.contiguous().view(-1, features), y_TF.view(-1, features))
+        return d_x_TF.view(y_TF.shape), d_bias_F

@@ -1,0 +1,158 @@
+"""The backward kernel: all gradients of bias, dropout, residual addition and LayerNorm in one pass.
+
+With xhat = (new_residual - mean) * rstd and g = d_y * weight, per row over F features:
+
+    d_sum = d_new_residual + rstd * (g - mean(g) - xhat * mean(g * xhat))      the residual's gradient
+    d_x = keep / (1 - p) * d_sum                                               the mask drawn again
+    d_weight = sum over rows of d_y * xhat,  d_bias = sum of d_y,  d_x_bias = sum of d_x
+
+A fixed number of programs walks over the rows; each keeps its three column sums in registers (fp32) and
+writes them once, [program, sum, feature]; `column_sum` adds the programs up. Without dropout d_x is d_sum
+itself and is not written twice; without the norm d_sum is what came in.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..column_sum import column_sum
+from ..launch import num_multiprocessors
+from ..philox_triton import keep_tile
+from .forward import Dropout
+
+
+@triton.jit(do_not_specialize=["first_slot", "threshold"])
+def _backward(
+    d_y_ptr,  # [T, F], or None without the norm, like the next five
+    normed_ptr,  # [T, F], what was normalised
+    mean_ptr,  # fp32 [T]
+    rstd_ptr,  # fp32 [T]
+    weight_ptr,  # [F]
+    d_sum_ptr,  # [T, F], written
+    d_new_residual_ptr,  # [T, F], or None when nothing was added
+    d_x_ptr,  # [T, F], written; None without dropout
+    key_ptr,  # int64 [], or None without dropout
+    partials_ptr,  # fp32 [programs, K, F]: d_weight and d_bias if normed, d_x_bias if BIAS
+    num_rows,
+    first_slot,
+    threshold,
+    scale,
+    BIAS: tl.constexpr,
+    NUM_FEATURES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK)
+    in_features = columns < NUM_FEATURES
+    d_weight = tl.zeros([BLOCK], tl.float32)
+    d_bias = tl.zeros([BLOCK], tl.float32)
+    d_x_bias = tl.zeros([BLOCK], tl.float32)
+    if d_y_ptr is not None:
+        weight = tl.load(weight_ptr + columns, mask=in_features, other=0.0).to(tl.float32)
+
+    for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+        rows = first + tl.arange(0, ROWS)
+        mask = (rows < num_rows)[:, None] & in_features[None, :]
+        offsets = rows.to(tl.int64)[:, None] * NUM_FEATURES + columns[None, :]
+        d_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+        if d_new_residual_ptr is not None:
+            d_sum = tl.load(d_new_residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if d_y_ptr is not None:
+            d_y = tl.load(d_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+            normed = tl.load(normed_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)  # [ROWS]
+            rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
+            xhat = (normed - mean[:, None]) * rstd[:, None]
+            # Rows past the end read zeros and rstd 0, so they add nothing; columns past it are not stored.
+            d_weight += tl.sum(d_y * xhat, axis=0)
+            d_bias += tl.sum(d_y, axis=0)
+            g = d_y * weight[None, :]
+            mean_g = tl.sum(g, axis=1) * (1.0 / NUM_FEATURES)
+            mean_gx = tl.sum(g * xhat, axis=1) * (1.0 / NUM_FEATURES)
+            d_sum += rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None])
+            tl.store(d_sum_ptr + offsets, d_sum.to(d_sum_ptr.dtype.element_ty), mask=mask)
+        if key_ptr is not None:
+            keep = keep_tile(tl.load(key_ptr), threshold, first_slot + rows, 0, 0, BLOCK)
+            d_sum = tl.where(keep, d_sum * scale, 0.0)
+            tl.store(d_x_ptr + offsets, d_sum.to(d_x_ptr.dtype.element_ty), mask=mask)
+        if BIAS:
+            d_x_bias += tl.sum(d_sum, axis=0)
+
+    NUM_SUMS: tl.constexpr = (2 if d_y_ptr is not None else 0) + (1 if BIAS else 0)
+    out_ptr = partials_ptr + tl.program_id(0) * NUM_SUMS * NUM_FEATURES + columns
+    if d_y_ptr is not None:
+        tl.store(out_ptr, d_weight, mask=in_features)
+        tl.store(out_ptr + NUM_FEATURES, d_bias, mask=in_features)
+        out_ptr += 2 * NUM_FEATURES
+    if BIAS:
+        tl.store(out_ptr, d_x_bias, mask=in_features)
+
+
+def backward_tile(num_features: int) -> tuple[int, int, int]:
+    """Rows per step, warps, and programs per multiprocessor, measured on an H100."""
+    block = triton.next_power_of_2(num_features)
+    return max(1, 2048 // block), min(max(block // 512, 4), 16), max(1, 4096 // block)
+
+
+def run_backward(
+    d_y_TF: Tensor | None,
+    d_new_residual_TF: Tensor | None,
+    normed: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    has_bias: bool,
+    dropout: Dropout | None,
+    tile: tuple[int, int, int],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Launch the backward.
+
+    Args:
+        d_y_TF: gradient of y, None without the norm. d_new_residual_TF: None when nothing was added.
+        normed: what was normalised, its mean and rstd, and the weight.
+        has_bias: whether the column sum of d_x is wanted.
+        tile: rows per step, warps, programs per multiprocessor.
+
+    Returns:
+        d_residual, d_x (the same tensor without dropout), and the column sums [F]: d_weight and d_bias if
+        normed, then d_x_bias if has_bias.
+    """
+    like_TF = d_y_TF if d_y_TF is not None else d_new_residual_TF
+    assert like_TF is not None, "neither y nor new_residual has a gradient"
+    num_rows, num_features = like_TF.shape
+    normed_TF, mean_T, rstd_T, weight_F = normed if normed is not None else (None, None, None, None)
+    d_sum_TF = torch.empty_like(like_TF) if normed is not None else like_TF
+    d_x_TF = torch.empty_like(like_TF) if dropout is not None else d_sum_TF
+    num_sums = (2 if normed is not None else 0) + has_bias
+    rows_per_step, num_warps, programs_per_multiprocessor = tile
+    num_programs = max(
+        1,
+        min(
+            triton.cdiv(num_rows, rows_per_step),
+            programs_per_multiprocessor * num_multiprocessors(like_TF.device),
+        ),
+    )
+    partials_PKF = torch.empty(
+        num_programs, num_sums, num_features, dtype=torch.float32, device=like_TF.device
+    )
+    _backward[(num_programs,)](
+        d_y_TF,
+        normed_TF,
+        mean_T,
+        rstd_T,
+        weight_F,
+        d_sum_TF if normed is not None else None,
+        d_new_residual_TF,
+        d_x_TF if dropout is not None else None,
+        dropout.key if dropout is not None else None,
+        partials_PKF,
+        num_rows,
+        dropout.first_slot if dropout is not None else 0,
+        dropout.threshold if dropout is not None else 0,
+        dropout.scale if dropout is not None else 1.0,
+        BIAS=has_bias,
+        NUM_FEATURES=num_features,
+        ROWS=rows_per_step,
+        BLOCK=max(4, triton.next_power_of_2(num_features)),
+        num_warps=num_warps,
+    )
+    sums = list(column_sum(partials_PKF, like_TF.dtype)) if num_sums else []
+    return d_sum_TF, d_x_TF, sums

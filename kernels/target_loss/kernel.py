@@ -1,0 +1,175 @@
+"""What happens to a chunk of logits [m, V] between the GEMMs, and to the rows of the hidden gradient after.
+
+    statistics   logits -> maximum, sum of exp(logit - maximum), logit of the target    one read
+    gradient     logits -> scale * (exp(logit - maximum) / sum - onehot), in place      one read, one write
+    scatter      d_hidden of targets -> d_hidden of slots, equal rows added in fixed order
+
+Under vocabulary parallelism maximum and sum are reduced between the first two; the arithmetic is fp32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _statistics(
+    logits_ptr,  # [m, V], rows `stride` apart
+    ids_ptr,  # int64 [m], of the whole vocabulary
+    out_ptr,  # fp32 [3, m]: maximum, sum, target logit (0 where another rank has it)
+    stride,
+    vocab_start,
+    NUM_VOCAB: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    row = tl.program_id(0)
+    row_ptr = logits_ptr + row.to(tl.int64) * stride
+    # Every lane keeps its own maximum and sum, so the loop has no reduction across lanes; it looks at STEPS
+    # logits at once, so that its sum is rescaled once for all of them.
+    maximum = tl.full([LANES], float("-inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    offsets = tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    for first in range(0, NUM_VOCAB, STEPS * LANES):
+        columns = first + offsets  # [STEPS, LANES]
+        logits = tl.load(row_ptr + columns, mask=columns < NUM_VOCAB, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(maximum, tl.max(logits, axis=0))
+        # A lane that has seen nothing yet must not compute -inf - -inf.
+        base = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp(maximum - base) + tl.sum(tl.exp(logits - base[None, :]), axis=0)
+        maximum = larger
+    row_maximum = tl.max(maximum, axis=0)
+    row_total = tl.sum(total * tl.exp(maximum - row_maximum), axis=0)
+    local_id = tl.load(ids_ptr + row) - vocab_start
+    is_here = (local_id >= 0) & (local_id < NUM_VOCAB)
+    target = tl.load(row_ptr + local_id, mask=is_here, other=0.0).to(tl.float32)
+    num_rows = tl.num_programs(0)
+    tl.store(out_ptr + row, row_maximum)
+    tl.store(out_ptr + num_rows + row, row_total)
+    tl.store(out_ptr + 2 * num_rows + row, target)
+
+
+@triton.jit
+def _gradient(
+    logits_ptr,  # [m, V], rows `stride` apart, overwritten
+    ids_ptr,  # int64 [m]
+    statistics_ptr,  # fp32 [2 or 3, m]: maximum, sum
+    scale_ptr,  # fp32 [], or None for 1
+    stride,
+    vocab_start,
+    NUM_VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Backwards: the rows that `statistics` read last are still in the cache.
+    num_rows = tl.num_programs(1)
+    row = num_rows - 1 - tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < NUM_VOCAB
+    pointers = logits_ptr + row.to(tl.int64) * stride + columns
+    logits = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    maximum = tl.load(statistics_ptr + row)
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+    local_id = tl.load(ids_ptr + row) - vocab_start
+    factor = tl.div_rn(scale, tl.load(statistics_ptr + num_rows + row))
+    gradient = tl.exp(logits - maximum) * factor - tl.where(columns == local_id, scale, 0.0)
+    tl.store(pointers, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scatter(
+    source_ptr,  # [M, F]
+    order_ptr,  # int64 [M]: positions in `source`, sorted by slot, stable
+    rows_ptr,  # int64 [M]: slots in that order
+    factor_ptr,  # fp32 []
+    out_ptr,  # [T, F], zero where no target is
+    num_targets,
+    NUM_FEATURES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0)
+    slot = tl.load(rows_ptr + first)
+    previous = tl.load(rows_ptr + first - 1, mask=first > 0, other=-1)
+    # The program of a slot's first target adds up all of them; the others have nothing to do.
+    if slot != previous:
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        mask = columns < NUM_FEATURES
+        total = tl.zeros([BLOCK], tl.float32)
+        position = first
+        same = slot
+        while same == slot:
+            source = tl.load(order_ptr + position)
+            total += tl.load(source_ptr + source * NUM_FEATURES + columns, mask=mask, other=0.0).to(
+                tl.float32
+            )
+            position += 1
+            same = tl.load(rows_ptr + position, mask=position < num_targets, other=-1)
+        total *= tl.load(factor_ptr)
+        tl.store(out_ptr + slot * NUM_FEATURES + columns, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+STATISTICS_TILE = (4, 1024, 4)
+"""Logits a lane looks at together, lanes, warps; measured on an H100, as the next."""
+
+GRADIENT_TILE = (4096, 4)
+"""Columns of a program, warps."""
+
+
+def run_statistics(
+    logits_mV: Tensor, ids_m: Tensor, vocab_start: int, tile: tuple[int, int, int] = STATISTICS_TILE
+) -> Tensor:
+    """fp32 [3, m]: each row's maximum, sum of exp(logit - maximum), and target logit (0 if not here)."""
+    num_rows, num_vocab = logits_mV.shape
+    steps, lanes, num_warps = tile
+    out = torch.empty(3, num_rows, dtype=torch.float32, device=logits_mV.device)
+    _statistics[(num_rows,)](
+        logits_mV,
+        ids_m,
+        out,
+        logits_mV.stride(0),
+        vocab_start,
+        NUM_VOCAB=num_vocab,
+        STEPS=steps,
+        LANES=lanes,
+        num_warps=num_warps,
+    )
+    return out
+
+
+def run_gradient(
+    logits_mV: Tensor,
+    ids_m: Tensor,
+    statistics: Tensor,
+    scale: Tensor | None,
+    vocab_start: int,
+    tile: tuple[int, int] = GRADIENT_TILE,
+) -> None:
+    """Overwrite logits with the loss's gradient, times `scale`; `statistics` are of the whole vocabulary."""
+    num_rows, num_vocab = logits_mV.shape
+    block, num_warps = tile
+    _gradient[(triton.cdiv(num_vocab, block), num_rows)](
+        logits_mV,
+        ids_m,
+        statistics,
+        scale,
+        logits_mV.stride(0),
+        vocab_start,
+        NUM_VOCAB=num_vocab,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
+
+
+def run_scatter(source_MF: Tensor, target_rows_M: Tensor, factor: Tensor, num_slots: int) -> Tensor:
+    """[slots, F]: the sum of each slot's rows of `source`, times `factor`; 0 for a slot without targets."""
+    num_targets, num_features = source_MF.shape
+    out_TF = source_MF.new_zeros(num_slots, num_features)
+    if num_targets:
+        rows_M, order_M = torch.sort(target_rows_M, stable=True)
+        block = min(1024, triton.next_power_of_2(num_features))
+        _scatter[(num_targets, triton.cdiv(num_features, block))](
+            source_MF, order_M, rows_M, factor, out_TF, num_targets, NUM_FEATURES=num_features, BLOCK=block
+        )
+    return out_TF

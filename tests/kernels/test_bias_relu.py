@@ -1,0 +1,81 @@
+"""bias_relu against fp64 within the error budget, its treatment of zero and NaN, repeats bit-equal."""
+
+import pytest
+import torch
+from kernel_cases import DEVICE, DTYPES, assert_op_within_budget, assert_repeats_equal, normal
+from torch import Tensor
+
+from megatron_iml.kernels.bias_relu import bias_relu, bias_relu_reference
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+# One element, odd sizes on both sides of a tile of columns, more rows than one tile.
+SHAPES = [(1, 1), (5, 37), (9, 1025), (70, 130)]
+GPU_SHAPES = [(1, 8192), (1000, 16384), (777, 49152), (20000, 1026)]
+SHAPES += [pytest.param(*shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
+
+
+def draw(rows: int, features: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Inputs and the gradient of the output."""
+    inputs = {
+        "x_TF": normal(rows, features, seed=1, dtype=dtype),
+        "bias_F": normal(features, seed=2, dtype=dtype, scale=0.5),
+    }
+    return inputs, [normal(rows, features, seed=3, dtype=dtype).detach()]
+
+
+def op(**inputs: Tensor) -> tuple[Tensor]:
+    return (bias_relu(**inputs),)
+
+
+@pytest.mark.parametrize(("rows", "features"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_within_budget(dtype: torch.dtype, rows: int, features: int) -> None:
+    inputs, upstream = draw(rows, features, dtype)
+    assert_op_within_budget(
+        op,
+        lambda x_TF, bias_F: (torch.relu(x_TF + bias_F),),
+        lambda **inputs: (bias_relu_reference(**inputs),),
+        inputs,
+        upstream,
+    )
+
+
+def test_zero_stops_the_gradient_and_nan_passes() -> None:
+    nan = float("nan")
+    x_TF = torch.tensor([[-2.0, -1.0, 0.0, 1.0, nan]], device=DEVICE, requires_grad=True)
+    bias_F = torch.ones(5, device=DEVICE, requires_grad=True)
+    y_TF = bias_relu(x_TF, bias_F)
+    torch.testing.assert_close(y_TF.cpu(), torch.tensor([[0.0, 0.0, 1.0, 2.0, nan]]), equal_nan=True)
+    d_x_TF, d_bias_F = torch.autograd.grad(y_TF, (x_TF, bias_F), torch.full_like(y_TF, 3.0))
+    assert d_x_TF.tolist() == [[0.0, 0.0, 3.0, 3.0, 3.0]]
+    assert d_bias_F.tolist() == [0.0, 0.0, 3.0, 3.0, 3.0]
+
+
+def test_leading_dimensions_and_no_rows() -> None:
+    inputs, _ = draw(6, 40, torch.float32)
+    x_TF, bias_F = inputs.values()
+    assert torch.equal(bias_relu(x_TF.view(6, 1, 40), bias_F).squeeze(1), bias_relu(x_TF, bias_F))
+    empty = bias_relu(x_TF[:0], bias_F)
+    assert empty.shape == (0, 40)
+    assert not torch.autograd.grad(empty.sum(), bias_F)[0].any()
+
+
+def test_only_the_output_is_kept() -> None:
+    inputs, _ = draw(6, 40, torch.float32)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda _: _):
+        y_TF = bias_relu(**inputs)
+    assert kept == [y_TF.data_ptr()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeats_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
+    rows, repeats = (5000, 50) if DEVICE.type == "cuda" else (40, 2)
+    assert_repeats_equal(op, *draw(rows, 200, dtype), repeats)
+
+
+def test_another_bias_is_refused() -> None:
+    x_TF = torch.zeros(4, 8, device=DEVICE)
+    with pytest.raises(ValueError, match=r"bias_relu: bias is \(7,\).* must be \(8,\)"):
+        bias_relu(x_TF, torch.zeros(7, device=DEVICE))

@@ -1,0 +1,223 @@
+"""LayerNorm ops against fp64 within the error budget, masks bit for bit, repeats bit-equal."""
+
+import functools
+
+import pytest
+import torch
+from kernel_cases import DEVICE, DTYPES, assert_op_within_budget, assert_repeats_equal, normal, run
+from torch import Tensor
+from torch.nn.functional import layer_norm as torch_layer_norm
+
+from megatron_iml.kernels.layer_norm import (
+    add_layer_norm,
+    add_layer_norm_reference,
+    bias_dropout_add,
+    bias_dropout_add_reference,
+    layer_norm,
+    layer_norm_reference,
+)
+from megatron_iml.kernels.philox import dropout_key, keep_mask, key_tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+# One element, fewer features than a Philox group, a power of two, odd sizes, the width of OPT-125M.
+SHAPES = [(1, 1), (3, 3), (4, 64), (7, 131), (2, 768)]
+# The widths of real models, more rows than programs, the widest row.
+GPU_SHAPES = [(1, 2048), (515, 2048), (1031, 4096), (33, 7168), (300, 12288), (5, 16384), (40000, 130)]
+SHAPES += [pytest.param(*shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
+EPS = 1e-5
+KEY = dropout_key(1234, row=7, layer=3, place="attention_output")
+FIRST_SLOT = 1001
+
+
+def draw(rows: int, features: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        "x_TF": normal(rows, features, seed=1, dtype=dtype),
+        "x_bias_F": normal(features, seed=2, dtype=dtype, scale=0.5),
+        "residual_TF": normal(rows, features, seed=3, dtype=dtype, scale=3.0),
+        "weight_F": normal(features, seed=4, dtype=dtype, scale=0.2, shift=1.0),
+        "bias_F": normal(features, seed=5, dtype=dtype, scale=0.3),
+    }
+
+
+def upstream(rows: int, features: int, dtype: torch.dtype) -> list[Tensor]:
+    return [normal(rows, features, seed=seed, dtype=dtype).detach() for seed in (6, 7)]
+
+
+def keep(rows: int, features: int, probability: float, first_slot: int = FIRST_SLOT) -> Tensor:
+    """The mask, bool [rows, features], from the definition."""
+    slots = torch.arange(first_slot, first_slot + rows)
+    plane = torch.zeros(1, dtype=torch.int64)
+    return keep_mask(KEY, probability, slots, torch.arange(features), plane)[0].to(DEVICE)
+
+
+def torch_sum(
+    probability: float, x_TF: Tensor, x_bias_F: Tensor | None = None, residual_TF: Tensor | None = None
+) -> Tensor:
+    """What a model without fused ops computes, every step rounded to its type."""
+    total_TF = x_TF if x_bias_F is None else x_TF + x_bias_F
+    if probability > 0.0:
+        total_TF = total_TF * keep(*x_TF.shape, probability) / (1.0 - probability)
+    return total_TF if residual_TF is None else residual_TF + total_TF
+
+
+def torch_add_layer_norm(
+    probability: float, x_TF: Tensor, x_bias_F: Tensor, residual_TF: Tensor, weight_F: Tensor, bias_F: Tensor
+) -> tuple[Tensor, Tensor]:
+    total_TF = torch_sum(probability, x_TF, x_bias_F, residual_TF)
+    return torch_layer_norm(total_TF, weight_F.shape, weight_F, bias_F, EPS), total_TF
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1])
+@pytest.mark.parametrize(("rows", "features"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_layer_norm(dtype: torch.dtype, rows: int, features: int, probability: float) -> None:
+    dropout = {
+        "dropout_probability": probability,
+        "dropout_key": key_tensor(KEY, DEVICE),
+        "first_slot": FIRST_SLOT,
+    }
+    assert_op_within_budget(
+        functools.partial(add_layer_norm, eps=EPS, **dropout),
+        functools.partial(torch_add_layer_norm, probability),
+        functools.partial(add_layer_norm_reference, eps=EPS, **dropout),
+        draw(rows, features, dtype),
+        upstream(rows, features, dtype),
+    )
+
+
+@pytest.mark.parametrize(("rows", "features"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm(dtype: torch.dtype, rows: int, features: int) -> None:
+    inputs = draw(rows, features, dtype)
+    del inputs["x_bias_F"], inputs["residual_TF"]
+    assert_op_within_budget(
+        lambda **inputs: (layer_norm(**inputs, eps=EPS),),
+        lambda x_TF, weight_F, bias_F: (torch_layer_norm(x_TF, weight_F.shape, weight_F, bias_F, EPS),),
+        lambda **inputs: (layer_norm_reference(**inputs, eps=EPS),),
+        inputs,
+        upstream(rows, features, dtype)[:1],
+    )
+
+
+@pytest.mark.parametrize("names", [("x_bias_F", "residual_TF"), ("residual_TF",), ("x_bias_F",), ()])
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bias_dropout_add(dtype: torch.dtype, probability: float, names: tuple[str, ...]) -> None:
+    if not names and probability == 0.0:
+        pytest.skip("nothing to do: the op returns its input")
+    key = key_tensor(KEY, DEVICE)
+    absent: dict[str, None] = {name: None for name in ("x_bias_F", "residual_TF") if name not in names}
+    arguments = {"dropout_probability": probability, "dropout_key": key, "first_slot": FIRST_SLOT, **absent}
+    inputs = {name: tensor for name, tensor in draw(9, 130, dtype).items() if name in ("x_TF", *names)}
+    assert_op_within_budget(
+        lambda **inputs: (bias_dropout_add(**inputs, **arguments),),
+        lambda **inputs: (torch_sum(probability, **inputs),),
+        lambda **inputs: (bias_dropout_add_reference(**inputs, **arguments),),
+        inputs,
+        upstream(9, 130, dtype)[:1],
+    )
+
+
+def test_the_mask_is_the_definition_bit_for_bit_forward_and_backward() -> None:
+    x_TF = torch.ones(33, 257, device=DEVICE, requires_grad=True)
+    dropped_TF = bias_dropout_add(x_TF, None, None, 0.4, key_tensor(KEY, DEVICE), FIRST_SLOT)
+    (d_x_TF,) = torch.autograd.grad(dropped_TF.sum(), x_TF)
+    expected_TF = keep(33, 257, 0.4) * torch.tensor(1.0 / 0.6, dtype=torch.float32)
+    assert torch.equal(dropped_TF, expected_TF)
+    assert torch.equal(d_x_TF, expected_TF)
+    assert abs(float((dropped_TF == 0).float().mean()) - 0.4) < 0.02
+
+
+def test_a_slice_of_the_slots_draws_its_part_of_the_mask() -> None:
+    """Sequence parallelism: each rank has some slots and says where they begin."""
+    inputs = list(draw(10, 66, torch.float32).values())
+    key = key_tensor(KEY, DEVICE)
+    whole = add_layer_norm(*inputs, EPS, 0.5, key, 0)
+    x_TF, x_bias_F, residual_TF, *affine = inputs
+    parts = [
+        add_layer_norm(x_TF[part], x_bias_F, residual_TF[part], *affine, EPS, 0.5, key, part.start)
+        for part in (slice(0, 4), slice(4, 10))
+    ]
+    for index in range(2):
+        assert torch.equal(whole[index], torch.cat([part[index] for part in parts]))
+
+
+def test_statistics_survive_a_large_mean() -> None:
+    inputs = draw(5, 300, torch.float32)
+    inputs["residual_TF"] = normal(5, 300, seed=3, dtype=torch.float32, shift=4096.0)
+    assert_op_within_budget(
+        functools.partial(add_layer_norm, eps=EPS),
+        functools.partial(torch_add_layer_norm, 0.0),
+        functools.partial(add_layer_norm_reference, eps=EPS),
+        inputs,
+        upstream(5, 300, torch.float32),
+    )
+
+
+def test_a_nan_stays_in_its_row() -> None:
+    inputs, gradients = draw(6, 70, torch.float32), upstream(6, 70, torch.float32)
+    op = functools.partial(add_layer_norm, eps=EPS)
+    clean = run(op, inputs, gradients)
+    with torch.no_grad():
+        inputs["x_TF"][2, 5] = float("nan")
+    spoilt = run(op, inputs, gradients)
+    others = [0, 1, 3, 4, 5]
+    for name in ("output 0", "output 1", "gradient of x_TF", "gradient of residual_TF"):
+        assert torch.equal(clean[name][others], spoilt[name][others])
+    assert spoilt["output 0"][2].isnan().all()
+
+
+def test_leading_dimensions_and_no_rows() -> None:
+    inputs = list(draw(6, 40, torch.float32).values())
+    flat = add_layer_norm(*inputs, EPS)
+    x_TF, x_bias_F, residual_TF, *affine = inputs
+    shaped = add_layer_norm(x_TF.view(6, 1, 40), x_bias_F, residual_TF.view(6, 1, 40), *affine, EPS)
+    for one, other in zip(flat, shaped, strict=True):
+        assert torch.equal(one[:, None], other)
+    empty = add_layer_norm(x_TF[:0], x_bias_F, residual_TF[:0], *affine, EPS)
+    gradients = torch.autograd.grad(empty, [x_TF, x_bias_F, affine[0]], [empty[0].detach()] * 2)
+    assert all(not gradient.any() for gradient in gradients)
+
+
+def test_only_the_sum_and_two_numbers_a_row_are_kept() -> None:
+    kept: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    inputs = draw(8, 100, torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        add_layer_norm(**inputs, eps=EPS, dropout_probability=0.1, dropout_key=key_tensor(KEY, DEVICE))
+    assert sorted(kept) == [1, 8, 8, 100, 8 * 100]  # key, mean, rstd, weight, new_residual
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeats_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
+    rows, repeats = (5000, 50) if DEVICE.type == "cuda" else (40, 2)
+    dropout = {"dropout_probability": 0.1, "dropout_key": key_tensor(KEY, DEVICE)}
+    op = functools.partial(add_layer_norm, eps=EPS, **dropout)
+    assert_repeats_equal(op, draw(rows, 200, dtype), upstream(rows, 200, dtype), repeats)
+
+
+@pytest.mark.parametrize(
+    ("change", "first_line"),
+    [
+        ({"residual_TF": torch.zeros(4, 7)}, r"add_layer_norm: residual is \(4, 7\).* must be \(4, 8\)"),
+        (
+            {"weight_F": torch.zeros(8, dtype=torch.float16)},
+            r"weight is .*float16 .* must be .*float32",
+        ),
+        ({"x_TF": torch.zeros(8, 4).t()}, r"x is .* with gaps in memory.*\.contiguous\(\)"),
+        ({"x_TF": torch.zeros(4, 8, dtype=torch.float64)}, r"got torch.float64; allowed: .*_reference"),
+        ({"dropout_probability": 1.0}, r"dropout_probability is 1.0; allowed"),
+        ({"dropout_probability": 0.1}, r"dropout_key is None; dropout needs"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(change: dict, first_line: str) -> None:
+    change = {
+        name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in change.items()
+    }
+    with pytest.raises(ValueError, match=first_line):
+        add_layer_norm(**(draw(4, 8, torch.float32) | {"eps": EPS} | change))
