@@ -14,6 +14,7 @@ reader.
 import dataclasses
 import json
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.filesystem_async import _get_write_results_queue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
 from megatron_iml.config import Config, ModelConfig
@@ -61,6 +63,7 @@ class CheckpointStore:
         self.directory, self.keep_last, self.asynchronous = directory, keep_last, asynchronous
         # Not persistent: megatron-core's persistent worker needs CUDA and dies without it.
         self.queue = AsyncCallsQueue(persistent=False)
+        _start_results_process()
 
     def save(self, engine: Engine, state: RunState) -> Path:
         """Start writing a checkpoint; with `asynchronous` the files follow while training goes on.
@@ -119,6 +122,20 @@ class CheckpointStore:
                 shutil.rmtree(old)
 
         return finish
+
+
+def _start_results_process() -> None:
+    """Start the process that megatron-core collects write results through, deaf to stop signals.
+
+    A launcher that stops a job signals all its processes. The ranks then save a last time; without this they would
+    find that process dead and lose the checkpoint. An ignored signal stays ignored across fork and exec.
+    """
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        _get_write_results_queue()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
