@@ -127,8 +127,9 @@ class CheckpointStore:
 def _start_results_process() -> None:
     """Start the process that megatron-core collects write results through, deaf to stop signals.
 
-    A launcher that stops a job signals all its processes. The ranks then save a last time; without this they would
-    find that process dead and lose the checkpoint. An ignored signal stays ignored across fork and exec.
+    A launcher that stops a job signals all its processes. The ranks then save a last time; without this they
+    would find that process dead and lose the checkpoint. An ignored signal stays ignored across fork and
+    exec.
     """
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:

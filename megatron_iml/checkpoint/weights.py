@@ -1,7 +1,9 @@
 """Weights only, from whatever a user has: a native checkpoint or a Hugging Face OPT folder.
 
-fill_weights(Path("opt-125m"), chunks, config.model, layout)                     # Hugging Face
-fill_weights(Path("run/checkpoints/iter_0004000"), chunks, config.model, layout)  # native, saved under any layout
+What enters: a folder. What leaves: this rank's parameters, filled.
+
+    fill_weights(Path("opt-125m"), chunks, model, layout)                      Hugging Face
+    fill_weights(Path("run/checkpoints/iter_0004000"), chunks, model, layout)  native, saved under any layout
 """
 
 from collections.abc import Sequence

@@ -103,24 +103,15 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     sources = [{"reader": "source_target", "folder": str(folder / "benchmark")}]
     (folder / "bench.yaml").write_text(yaml.safe_dump({"sources": sources, "splits": "splits.yaml"}))
-    tool("build_bench", "--config", folder / "bench.yaml", "--output", folder / "bench")
-    tool(
-        "train_tokenizer", "--input", folder / "bench", "--vocab-size", 320, "--output", folder / "tokenizer"
-    )
+    bench, tokenizer, corpus = (folder / name for name in ("bench", "tokenizer", "corpus"))
+    tool("build_bench", "--config", folder / "bench.yaml", "--output", bench)
+    tool("train_tokenizer", "--input", bench, "--vocab-size", 320, "--output", tokenizer)
     for split in ("train", "validation"):
-        shared = ("--input", folder / "bench", "--tokenizer-model", folder / "tokenizer")
-        tool("build_corpus", *shared, "--split", split, "--output-prefix", folder / "corpus")
+        shared = ("--input", bench, "--tokenizer-model", tokenizer)
+        tool("build_corpus", *shared, "--split", split, "--output-prefix", corpus)
     pack = ("--row-length", 128, "--max-positions", 64)
-    tool(
-        "build_plan",
-        "--corpus",
-        folder / "corpus" / "train",
-        *pack,
-        "--rows",
-        4 * STEPS,
-        "--output",
-        folder / "plan",
-    )
+    rows = ("--rows", 4 * STEPS, "--output", folder / "plan")
+    tool("build_plan", "--corpus", corpus / "train", *pack, *rows)
     for level in LEVELS:
         plan = ("--once", "--level", level, "--output", folder / "plans" / level)
         tool("build_plan", "--corpus", corpus / "validation", *pack, *plan)
