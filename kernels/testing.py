@@ -12,12 +12,14 @@ themselves rounded results, three times. Nothing loosens it, on no machine.
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
+
+Op = Callable[..., tuple[Tensor, ...]]
 
 
 @contextlib.contextmanager
@@ -65,6 +67,39 @@ def assert_within_budget(
     error, budget = max_error(result, truth), factor * max_error(same_dtype, truth)
     budget += torch.finfo(result.dtype).eps * largest
     assert error <= budget, f"{name}: error {error:.3e} exceeds {budget:.3e} (largest value {largest:.3e})"
+
+
+def run_op(op: Op, inputs: Mapping[str, Tensor], upstream: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Outputs of `op(**inputs)` and the gradients of all inputs, by name.
+
+    Args:
+        op: takes `inputs` as keywords, returns a tuple of outputs. upstream: one gradient per output, in any
+            type.
+    """
+    outputs = op(**inputs)
+    upstream = [gradient.to(output.dtype) for gradient, output in zip(upstream, outputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), upstream)
+    named = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+    return named | {f"gradient of {name}": value for name, value in zip(inputs, gradients, strict=True)}
+
+
+def assert_op_within_budget(
+    op: Op, torch_op: Op, reference: Op, inputs: Mapping[str, Tensor], upstream: Sequence[Tensor]
+) -> None:
+    """Run a kernel on poisoned memory and hold every output and gradient against the budget.
+
+    Args:
+        op, torch_op, reference: the kernel, what a model without it computes in the same type, and the
+            truth, which is given fp64 inputs; each as in `run_op`.
+    """
+    with nan_poison():
+        ours = run_op(op, inputs, upstream)
+    same_dtype = run_op(torch_op, inputs, upstream)
+    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
+    truth = run_op(reference, exact, upstream)
+    for name, value in ours.items():
+        factor = GRADIENT_FACTOR if name.startswith("gradient") else FORWARD_FACTOR
+        assert_within_budget(name, value, same_dtype[name], truth[name], factor)
 
 
 def documents_end(lengths: Sequence[int], padding: int = 0) -> Tensor:

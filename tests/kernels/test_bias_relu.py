@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, assert_op_within_budget, assert_repeats_equal, normal
+from kernel_cases import DEVICE, DTYPES, assert_repeats_equal, normal
 from torch import Tensor
 
 from megatron_iml.kernels.bias_relu import bias_relu, bias_relu_reference
+from megatron_iml.kernels.testing import assert_op_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, assert_op_within_budget, assert_repeats_equal, normal, run
+from kernel_cases import DEVICE, DTYPES, assert_repeats_equal, normal, on_device
 from torch import Tensor
 from torch.nn.functional import layer_norm as torch_layer_norm
 
@@ -17,6 +17,7 @@ from megatron_iml.kernels.layer_norm import (
     layer_norm_reference,
 )
 from megatron_iml.kernels.philox import dropout_key, keep_mask, key_tensor
+from megatron_iml.kernels.testing import assert_op_within_budget, run_op
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -158,10 +159,10 @@ def test_statistics_survive_a_large_mean() -> None:
 def test_a_nan_stays_in_its_row() -> None:
     inputs, gradients = draw(6, 70, torch.float32), upstream(6, 70, torch.float32)
     op = functools.partial(add_layer_norm, eps=EPS)
-    clean = run(op, inputs, gradients)
+    clean = run_op(op, inputs, gradients)
     with torch.no_grad():
         inputs["x_TF"][2, 5] = float("nan")
-    spoilt = run(op, inputs, gradients)
+    spoilt = run_op(op, inputs, gradients)
     others = [0, 1, 3, 4, 5]
     for name in ("output 0", "output 1", "gradient of x_TF", "gradient of residual_TF"):
         assert torch.equal(clean[name][others], spoilt[name][others])
@@ -216,8 +217,6 @@ def test_repeats_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
     ],
 )
 def test_what_does_not_go_together_is_refused(change: dict, first_line: str) -> None:
-    change = {
-        name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in change.items()
-    }
+    change = {name: on_device(value) for name, value in change.items()}
     with pytest.raises(ValueError, match=first_line):
         add_layer_norm(**(draw(4, 8, torch.float32) | {"eps": EPS} | change))

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, assert_op_within_budget, assert_repeats_equal, normal, run
+from kernel_cases import DEVICE, DTYPES, assert_repeats_equal, normal, on_device
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megatron_iml.kernels.target_loss import target_loss, target_loss_reference
-from megatron_iml.kernels.testing import nan_poison
+from megatron_iml.kernels.testing import assert_op_within_budget, nan_poison, run_op
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -118,7 +118,7 @@ def test_a_shard_of_the_vocabulary_computes_its_part_of_the_whole(
 ) -> None:
     """Both shards must see targets that are theirs and targets that are not."""
     differentiable, indices = draw(9, 17, 37, 11, torch.float32)
-    whole = run(functools.partial(reference, **indices), differentiable, ONE)
+    whole = run_op(functools.partial(reference, **indices), differentiable, ONE)
     reductions = reduce_with(differentiable, indices, shard)
     weight_VF = differentiable["weight_VF"].detach()[shard].clone().requires_grad_()
     hidden_TF = differentiable["hidden_TF"]
@@ -140,7 +140,7 @@ def test_the_weights_gradient_goes_into_its_buffer_scaled(
     function: Callable[..., tuple[Tensor, Tensor]],
 ) -> None:
     differentiable, indices = draw(9, 17, 37, 11, torch.float32)
-    whole = run(functools.partial(reference, **indices), differentiable, ONE)
+    whole = run_op(functools.partial(reference, **indices), differentiable, ONE)
     before_VF = torch.full((37, 17), 0.5, device=DEVICE)
     buffer_VF, scale = before_VF.clone(), torch.tensor(8.0, device=DEVICE)
     loss_sum, _ = function(**differentiable, **indices, loss_scale=scale, weight_grad_VF=buffer_VF, chunk=4)
@@ -151,7 +151,7 @@ def test_the_weights_gradient_goes_into_its_buffer_scaled(
 
 
 def test_scaling_before_rounding_saves_small_fp16_gradients() -> None:
-    """Many of these probabilities lie below fp16's smallest number; scaled by 2^15 few do."""
+    """Most of these probabilities lie below fp16's smallest number; scaled by 2^15 few do."""
     differentiable, indices = draw(1, 64, 2000, 1, torch.float16, logit_scale=5.0)
     lost = {}
     for scale in (1.0, 32768.0):
@@ -160,7 +160,7 @@ def test_scaling_before_rounding_saves_small_fp16_gradients() -> None:
         target_loss(**differentiable, **indices, loss_scale=loss_scale, weight_grad_VF=buffer_VF)
         assert buffer_VF.isfinite().all()
         lost[scale] = float((~buffer_VF.any(dim=1)).float().mean())
-    assert lost[1.0] > 0.3 and lost[32768.0] < 0.1, lost
+    assert lost[1.0] > 0.6 and lost[32768.0] < 0.3, lost
 
 
 def test_without_gradients_nothing_is_accumulated() -> None:
@@ -207,8 +207,6 @@ def test_repeats_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
 )
 def test_what_does_not_go_together_is_refused(change: dict, first_line: str) -> None:
     differentiable, indices = draw(9, 17, 37, 11, torch.float32)
-    change = {
-        name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in change.items()
-    }
+    change = {name: on_device(value) for name, value in change.items()}
     with pytest.raises(ValueError, match=first_line):
         target_loss(**(differentiable | indices | change))
