@@ -21,6 +21,7 @@ def tiny_config(precision: str = "fp32", parallel: ParallelConfig | None = None,
         "embedding_dropout": 0.0,
         "init_method_std": 0.05,
         "initialisation": "random",
+        "kernel_backend": "reference",
     } | model
     shape = ModelConfig(**({"ffn_hidden_size": 4 * fields["hidden_size"]} | fields))
     return Config(

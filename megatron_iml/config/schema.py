@@ -43,8 +43,9 @@ class ModelConfig:
     """Standard deviation of a random start; output projections use std / sqrt(2 x num_layers)."""
     initialisation: Literal["random"] | None = None
     """`random` starts from random weights; otherwise checkpoint.initial_weights must name a start."""
-    attention_backend: Literal["reference"] = "reference"
-    """Implementation of document attention; never replaced silently."""
+    kernel_backend: Literal["triton", "reference"] = "triton"
+    """Implementation of attention, norms and loss: Triton on GPUs, plain torch anywhere; never replaced
+    silently."""
     inference_prefix: Literal["none", "eos"] = "none"
     """Token before a prompt in evaluation: none for models tuned here (trained without), eos for base OPT."""
 

@@ -8,6 +8,7 @@ from megatron_iml.config import Config
 from megatron_iml.parallel.groups import Layout
 
 from .dropout import DropoutPlan
+from .ops import choose_ops, offer_weight_gradient
 from .opt import OPTModel
 from .transformer_config import build_transformer_config
 
@@ -21,7 +22,9 @@ def build_model(config: Config, layout: Layout) -> list[OPTModel]:
         attention=model.attention_dropout,
         embedding=model.embedding_dropout,
     )
-    transformer_config = build_transformer_config(config)
+    ops = choose_ops(model.kernel_backend, layout.device)
+    offer_weight_gradient()
+    transformer_config = build_transformer_config(config, layout.device)
     chunks = []
     for virtual_rank in range(layout.virtual_size):
         chunk = OPTModel(
@@ -29,6 +32,7 @@ def build_model(config: Config, layout: Layout) -> list[OPTModel]:
             model,
             layout,
             plan,
+            ops,
             selective_recompute=config.parallel.recompute_granularity == "selective",
             pre_process=layout.is_first_stage and virtual_rank == 0,
             post_process=layout.is_last_stage and virtual_rank == layout.virtual_size - 1,

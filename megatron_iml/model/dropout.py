@@ -1,49 +1,52 @@
 """Dropout that depends on nothing but the run's seed and global coordinates.
 
-The mask of an element is a pure function (Philox, `kernels/philox.py`) of the seed, the plan's row, the
-layer, the place and the element's global (row, feature): the same under every parallel layout and under
-recomputation, with no generator state to keep. T slots here (a slice of the row under sequence parallelism),
-H features.
+The mask of an element is a pure function (Philox, `kernels/philox.py`) of a key and the element's place in
+the row; the key is one of (seed, plan row, layer, place). The same under every parallel layout and under
+recomputation, with no generator state to keep. Keys of a row lie in one small tensor on the device, so that
+kernels read them there:
+
+    keys_LP = plan.keys(row=7, layers=range(0, 12), device)     int64 [1 + 12, 4] keys_LP[0, 0]
+    the embedding's; row 1 + i is layer i of the range
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_iml.kernels.philox import Place, dropout_key, keep_mask
+from megatron_iml.kernels.philox import PLACES, Place, dropout_key
+
+EMBEDDING_LAYER = -1
+"""The embedding's place in keys, before layer 0."""
 
 
 @dataclass(frozen=True)
 class DropoutPlan:
-    """What every module needs to draw its masks."""
+    """Probabilities and the root of all masks."""
 
     seed: int
     hidden: float
     attention: float
     embedding: float
 
-    def key(self, row: int, layer: int, place: Place) -> int:
-        """The Philox key of one mask."""
-        return dropout_key(self.seed, row, layer, place)
+    @property
+    def drops(self) -> bool:
+        """Whether any mask is needed at all."""
+        return max(self.hidden, self.attention, self.embedding) > 0.0
+
+    def keys(self, row: int, layers: Sequence[int], device: torch.device) -> Tensor:
+        """Keys of the embedding and of the given layers (global indices): int64 [1 + layers, places]."""
+        keys = [
+            [dropout_key(self.seed, row, layer, place) for place in PLACES]
+            for layer in (EMBEDDING_LAYER, *layers)
+        ]
+        # 64 bits, unsigned in Python, signed in torch.
+        signed = [[key - 2**64 if key >= 2**63 else key for key in row_of_keys] for row_of_keys in keys]
+        return torch.tensor(signed, dtype=torch.int64).to(device, non_blocking=True)
 
 
-def dropout(hidden_T1H: Tensor, probability: float, key: int, first_slot: int) -> Tensor:
-    """Zero elements with the given probability and scale the rest by 1 / (1 - probability).
-
-    Args:
-        hidden_T1H: [slots, 1, features].
-        probability: 0 returns the input itself.
-        key: Philox key of this mask.
-        first_slot: global index in the row of the first slot here.
-    """
-    if probability == 0.0:
-        return hidden_T1H
-    slots, _, features = hidden_T1H.shape
-    device = hidden_T1H.device
-    rows_T = torch.arange(first_slot, first_slot + slots, device=device)
-    columns_H = torch.arange(features, device=device)
-    keep_TH = keep_mask(
-        key, probability, rows_T, columns_H, torch.zeros(1, dtype=torch.int64, device=device)
-    )[0]
-    return hidden_T1H * keep_TH[:, None, :] / (1.0 - probability)
+def key_of(keys_LP: Tensor, layer: int, place: Place) -> Tensor:
+    """One key as an int64 tensor of no dimensions; `layer` counts from 0 in the range, -1 is the
+    embedding."""
+    return keys_LP[layer + 1, PLACES.index(place)]

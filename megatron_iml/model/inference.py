@@ -48,7 +48,7 @@ class InferenceModel:
     @torch.no_grad()
     def target_losses(self, row: Row) -> NDArray[np.float32]:
         """Negative log-likelihood of every target of a packed row, in the row's order."""
-        return self.model(to_device(row, self.layout.device)).float().cpu().numpy()
+        return self.model(to_device(row, self.layout.device)).losses_M.cpu().numpy()
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Tokens], max_new_tokens: int) -> tuple[KeyValueCache, Tokens]:

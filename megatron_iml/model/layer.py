@@ -23,10 +23,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_iml.kernels.document_attention import document_attention_reference
+from megatron_iml.kernels.philox import Place
 
 from .cache import DecodeContext
-from .dropout import DropoutPlan, dropout
+from .dropout import DropoutPlan, key_of
+from .ops import Ops
 from .row import RowContext
 
 
@@ -34,9 +35,9 @@ class LayerNorm(torch.nn.Module):
     """LayerNorm with affine weights. The constructor's signature is the one megatron-core builds norms
     with."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, ops: Ops) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.ops = eps, ops
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device="cuda"))
         self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device="cuda"))
         for parameter in self.parameters():
@@ -45,17 +46,23 @@ class LayerNorm(torch.nn.Module):
 
     def forward(self, hidden_T1F: Tensor) -> Tensor:
         """Normalise over features."""
-        return torch.nn.functional.layer_norm(hidden_T1F, self.weight.shape, self.weight, self.bias, self.eps)
+        return self.ops.layer_norm(hidden_T1F, self.weight, self.bias, self.eps)
 
 
 class SelfAttention(MegatronModule):
     """Fused query-key-value projection, document attention, output projection."""
 
     def __init__(
-        self, config: TransformerConfig, layer_index: int, plan: DropoutPlan, selective: bool, tp_group: Any
+        self,
+        config: TransformerConfig,
+        chunk_index: int,
+        plan: DropoutPlan,
+        selective: bool,
+        ops: Ops,
+        tp_group: Any,
     ) -> None:
         super().__init__(config=config)
-        self.layer_index, self.plan, self.selective = layer_index, plan, selective
+        self.chunk_index, self.plan, self.selective, self.ops = chunk_index, plan, selective, ops
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_heads = config.num_attention_heads // tp_group.size()
         self.first_head = self.num_heads * tp_group.rank()
@@ -84,7 +91,7 @@ class SelfAttention(MegatronModule):
         # Each head's query, key and value lie side by side, so a tensor-parallel slice is whole heads.
         qkv_TN3D = qkv_T1C.view(-1, self.num_heads, 3, self.head_dim)
         if isinstance(context, DecodeContext):
-            out_TND = context.cache.attend(self.layer_index, qkv_TN3D)
+            out_TND = context.cache.attend(self.chunk_index, qkv_TN3D)
         elif self.selective and self.training:
             out_TND = tensor_parallel.checkpoint(lambda qkv: self._attend(qkv, context), False, qkv_TN3D)
         else:
@@ -93,22 +100,28 @@ class SelfAttention(MegatronModule):
 
     def _attend(self, qkv_TN3D: Tensor, context: RowContext) -> Tensor:
         if context.cache is not None:
-            context.cache.fill(self.layer_index, qkv_TN3D)
-        return document_attention_reference(
+            context.cache.fill(self.chunk_index, qkv_TN3D)
+        return self.ops.document_attention(
             qkv_TN3D,
             context.bounds,
             softmax_scale=self.head_dim**-0.5,
-            dropout_probability=self.plan.attention if self.training else 0.0,
-            dropout_key=self.plan.key(context.row, self.layer_index, "attention"),
+            **self._dropout(context),
             first_head=self.first_head,
         )
+
+    def _dropout(self, context: RowContext) -> dict[str, Any]:
+        if context.keys_LP is None:
+            return {}
+        key = key_of(context.keys_LP, self.chunk_index, "attention")
+        return {"dropout_probability": self.plan.attention, "dropout_key": key}
 
 
 class FeedForward(MegatronModule):
     """fc1, ReLU, fc2."""
 
-    def __init__(self, config: TransformerConfig, tp_group: Any) -> None:
+    def __init__(self, config: TransformerConfig, ops: Ops, tp_group: Any) -> None:
         super().__init__(config=config)
+        self.ops = ops
         self.linear_fc1 = ColumnParallelLinear(
             config.hidden_size,
             config.ffn_hidden_size,
@@ -132,7 +145,7 @@ class FeedForward(MegatronModule):
     def forward(self, hidden_T1F: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output [T, 1, F] and the bias that is still to be added."""
         inner, inner_bias = self.linear_fc1(hidden_T1F)
-        return self.linear_fc2(torch.relu(inner + inner_bias))
+        return self.linear_fc2(self.ops.bias_relu(inner, inner_bias))
 
 
 class OPTLayer(MegatronModule, BaseTransformerLayer):
@@ -143,36 +156,50 @@ class OPTLayer(MegatronModule, BaseTransformerLayer):
         config: TransformerConfig,
         layer_number: int,
         plan: DropoutPlan,
+        ops: Ops,
         selective_recompute: bool,
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config)
-        offset = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
         # TransformerBlock shards state by this 1-based global number.
+        offset = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
         self.layer_number = layer_number + offset
-        self.layer_index = self.layer_number - 1
-        self.plan, self.tp_group = plan, pg_collection.tp
-        self.input_layernorm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.chunk_index = layer_number - 1
+        self.plan, self.ops, self.tp_group = plan, ops, pg_collection.tp
+        hidden_size, eps = config.hidden_size, config.layernorm_epsilon
+        self.input_layernorm = LayerNorm(config, hidden_size, eps, ops)
         self.self_attention = SelfAttention(
-            config, self.layer_index, plan, selective_recompute, pg_collection.tp
+            config, self.chunk_index, plan, selective_recompute, ops, pg_collection.tp
         )
-        self.pre_mlp_layernorm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
-        self.mlp = FeedForward(config, pg_collection.tp)
+        self.pre_mlp_layernorm = LayerNorm(config, hidden_size, eps, ops)
+        self.mlp = FeedForward(config, ops, pg_collection.tp)
 
     def forward(
         self, hidden_states: Tensor, packed_seq_params: RowContext | DecodeContext, **unused: Any
     ) -> tuple[Tensor, None]:
         """Run the layer on [T, 1, F]. TransformerBlock passes further arguments that are all None for OPT."""
-        context = packed_seq_params
+        context, norm = packed_seq_params, self.pre_mlp_layernorm
         attention, bias = self.self_attention(self.input_layernorm(hidden_states), context)
-        hidden_states = hidden_states + self._dropout(attention + bias, context, "attention_output")
-        feed_forward, bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        return hidden_states + self._dropout(feed_forward + bias, context, "feed_forward_output"), None
+        # One pass adds the projection's bias, drops, adds the residual and normalises the sum.
+        normed, hidden_states = self.ops.add_layer_norm(
+            attention,
+            bias,
+            hidden_states,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            *self._dropout(context, "attention_output", hidden_states.shape[0]),
+        )
+        feed_forward, bias = self.mlp(normed)
+        dropout = self._dropout(context, "feed_forward_output", hidden_states.shape[0])
+        return self.ops.bias_dropout_add(feed_forward, bias, hidden_states, *dropout), None
 
-    def _dropout(self, hidden_T1F: Tensor, context: RowContext | DecodeContext, place: Any) -> Tensor:
-        if not self.training or isinstance(context, DecodeContext):
-            return hidden_T1F
-        first_slot = self.tp_group.rank() * hidden_T1F.shape[0] if self.config.sequence_parallel else 0
-        key = self.plan.key(context.row, self.layer_index, place)
-        return dropout(hidden_T1F, self.plan.hidden, key, first_slot)
+    def _dropout(
+        self, context: RowContext | DecodeContext, place: Place, slots: int
+    ) -> tuple[float, Tensor | None, int]:
+        """Probability, key, and global index of the first slot here."""
+        if isinstance(context, DecodeContext) or context.keys_LP is None:
+            return 0.0, None, 0
+        first_slot = self.tp_group.rank() * slots if self.config.sequence_parallel else 0
+        return self.plan.hidden, key_of(context.keys_LP, self.chunk_index, place), first_slot

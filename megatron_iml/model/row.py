@@ -25,6 +25,8 @@ class RowContext:
     row: int
     """Index of the row in the plan: part of every dropout key."""
     bounds: DocumentBounds
+    keys_LP: Tensor | None = None
+    """Dropout keys of the chunk that runs now (`dropout.py`); None where nothing is dropped."""
     cache: KeyValueCache | None = None
     """Where the layers leave keys and values when the row is prompts to be continued."""
 

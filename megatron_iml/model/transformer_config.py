@@ -26,7 +26,7 @@ def leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def build_transformer_config(config: Config) -> TransformerConfig:
+def build_transformer_config(config: Config, device: torch.device) -> TransformerConfig:
     """Translate a resolved configuration. The model section must have its shape filled in."""
     model, parallel = config.model, config.parallel
     precision = config.training.precision
@@ -59,7 +59,8 @@ def build_transformer_config(config: Config) -> TransformerConfig:
         batch_p2p_comm=False,
         overlap_p2p_comm=False,
         deallocate_pipeline_outputs=True,
-        gradient_accumulation_fusion=False,
+        # Weight gradients go straight into the fp32 buffers (ops.py); on the CPU they stay plain.
+        gradient_accumulation_fusion=device.type == "cuda",
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,

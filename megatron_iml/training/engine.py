@@ -9,7 +9,6 @@ hidden].
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from megatron_iml.config import Config
 from megatron_iml.model.build import build_model
+from megatron_iml.model.head import TargetLosses
 from megatron_iml.model.opt import OPTModel
 from megatron_iml.model.row import MicroBatch
 from megatron_iml.parallel.groups import Layout
@@ -79,20 +79,23 @@ class Engine:
 
 def _forward_step(
     batches: Iterator[MicroBatch], chunk: DistributedDataParallel
-) -> tuple[Tensor, Callable[[Tensor], tuple[Any, ...]]]:
-    """megatron-core's hook: run one micro-batch through one chunk."""
-    batch = next(batches)
-    return chunk(batch), lambda losses_M: _sum_of_losses(losses_M)
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    """megatron-core's hook: run one micro-batch through one chunk.
 
-
-def _sum_of_losses(losses_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss sum, number of targets, and what to report.
-
-    Three values and `calculate_per_token_loss`: megatron-core then adds the counts of all micro-batches and
-    data ranks and divides the gradients once by the total, instead of averaging averages.
+    Returns the chunk's output and, for the last stage, a function that makes of it the loss sum, the number
+    of targets and what to report. Three values and `calculate_per_token_loss`: megatron-core then adds the
+    counts of all micro-batches and data ranks and divides the gradients once by the total, instead of
+    averaging averages.
     """
-    count = torch.tensor(losses_M.numel(), dtype=torch.int, device=losses_M.device)
-    return losses_M.sum(), count, losses_M.detach()
+    output = chunk(next(batches))
+    losses = output if isinstance(output, TargetLosses) else None
+
+    def report(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert losses is not None, "only the last stage has losses to report"
+        count = torch.tensor(losses.losses_M.numel(), dtype=torch.int, device=total.device)
+        return total, count, losses.losses_M
+
+    return (output if losses is None else losses.total), report
 
 
 def build_engine(config: Config, layout: Layout) -> Engine:

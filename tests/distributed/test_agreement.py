@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_iml.config import Config, ParallelConfig
 from megatron_iml.kernels.document_attention import DocumentBounds, document_attention_reference
-from megatron_iml.model import layer
+from megatron_iml.model import build
+from megatron_iml.model.ops import REFERENCE
 from megatron_iml.training.agree import on_every_rank
 from megatron_iml.training.self_test import run_self_test
 from megatron_iml.training.signals import StopRequest
@@ -97,12 +98,11 @@ def self_test_with_a_leak(config: Config, leaky_rank: int) -> str:
         end = torch.full_like(bounds.end_T, len(bounds.end_T))
         return document_attention_reference(qkv, DocumentBounds.from_end(end), **settings)
 
-    engine = runs.fresh_engine(config)
-    attention = no_bounds if dist.get_rank() == leaky_rank else document_attention_reference
-    with (
-        mock.patch.object(layer, "document_attention_reference", attention),
-        pytest.raises(RuntimeError) as caught,
-    ):
+    leaky = dataclasses.replace(REFERENCE, document_attention=no_bounds)
+    ops = leaky if dist.get_rank() == leaky_rank else REFERENCE
+    with mock.patch.object(build, "choose_ops", lambda backend, device: ops):
+        engine = runs.fresh_engine(config)
+    with pytest.raises(RuntimeError) as caught:
         run_self_test(engine)
     return str(caught.value)
 

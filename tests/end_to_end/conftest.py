@@ -130,6 +130,7 @@ def write_config(folder: Path) -> None:
             "max_position_embeddings": 64,
             "init_method_std": 0.05,
             "initialisation": "random",
+            "kernel_backend": "reference",
         },
         "data": {
             "train_corpus": str(folder / "corpus" / "train"),

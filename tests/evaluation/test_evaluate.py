@@ -30,6 +30,7 @@ MODEL = {
     "max_position_embeddings": 32,
     "init_method_std": 0.2,
     "initialisation": "random",
+    "kernel_backend": "reference",
 }
 
 

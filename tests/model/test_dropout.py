@@ -3,10 +3,23 @@
 import pytest
 import torch
 
-from megatron_iml.model.dropout import DropoutPlan, dropout
+from megatron_iml.kernels.philox import PLACES, dropout_key
+from megatron_iml.model.dropout import EMBEDDING_LAYER, DropoutPlan, key_of
+from megatron_iml.model.ops import REFERENCE, choose_ops
 
 PLAN = DropoutPlan(seed=7, hidden=0.1, attention=0.1, embedding=0.1)
-KEY = PLAN.key(row=3, layer=1, place="attention_output")
+KEYS = PLAN.keys(row=3, layers=range(4, 6), device=torch.device("cpu"))
+KEY = key_of(KEYS, 0, "attention_output")
+
+
+def dropout(hidden: torch.Tensor, probability: float, key: torch.Tensor, first_slot: int) -> torch.Tensor:
+    return REFERENCE.bias_dropout_add(hidden, None, None, probability, key, first_slot)
+
+
+def test_keys_are_those_of_the_global_layers() -> None:
+    for place in PLACES:
+        for index, layer in ((EMBEDDING_LAYER, -1), (0, 4), (1, 5)):
+            assert int(key_of(KEYS, index, place)) % 2**64 == dropout_key(7, 3, layer, place)
 
 
 def test_a_slice_of_slots_draws_its_part_of_the_mask() -> None:
@@ -31,12 +44,16 @@ def test_kept_elements_are_scaled_and_gradients_follow_the_mask() -> None:
 
 def test_every_row_layer_and_place_has_its_own_mask() -> None:
     hidden = torch.ones(16, 1, 16)
-    keys = [KEY, PLAN.key(4, 1, "attention_output"), PLAN.key(3, 2, "attention_output")]
-    keys += [PLAN.key(3, 1, place) for place in ("attention", "embedding", "feed_forward_output")]
+    keys = [*KEYS.flatten(), *PLAN.keys(4, range(4, 6), torch.device("cpu")).flatten()]
     masks = {tuple(dropout(hidden, 0.5, key, 0).flatten().tolist()) for key in keys}
-    assert len(masks) == len(keys)
+    assert len(masks) == len(keys) == 24
 
 
-def test_no_dropout_is_no_operation() -> None:
-    hidden = torch.randn(2, 1, 3)
-    assert dropout(hidden, 0.0, KEY, 0) is hidden
+def test_a_plan_without_probabilities_draws_nothing() -> None:
+    assert not DropoutPlan(seed=7, hidden=0.0, attention=0.0, embedding=0.0).drops
+    assert PLAN.drops
+
+
+def test_triton_without_a_gpu_is_refused_and_not_replaced() -> None:
+    with pytest.raises(ValueError, match=r"got triton on cpu; allowed there: reference"):
+        choose_ops("triton", torch.device("cpu"))

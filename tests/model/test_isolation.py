@@ -26,10 +26,10 @@ def losses_and_gradients(model: OPTModel, pieces: list[Piece]) -> tuple[Tensor, 
 
     hook = model.embedding.register_forward_hook(keep)
     losses = model(to_device(assemble_row(pieces, ROW_LENGTH, index=3), torch.device("cpu")))
-    losses.sum().backward()
+    losses.total.backward()
     hook.remove()
     assert embedded[0].grad is not None
-    return losses.detach(), embedded[0].grad[:, 0]
+    return losses.losses_M, embedded[0].grad[:, 0]
 
 
 @pytest.mark.parametrize("changed", range(len(LENGTHS)))

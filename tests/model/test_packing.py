@@ -41,10 +41,10 @@ def run(config: Config, rows: list[Row]) -> tuple[list[Tensor], dict[str, Tensor
                 # Zero biases and unit norms would hide a mistake in them.
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
         losses = [chunks[0](to_device(row, layout.device)) for row in rows]
-        torch.cat(losses).sum().backward()
+        torch.stack([loss.total for loss in losses]).sum().backward()
         gradients = {name: parameter.grad for name, parameter in named_global_parameters(chunks)}
     assert all(gradient is not None for gradient in gradients.values())
-    return [loss.detach() for loss in losses], {name: g for name, g in gradients.items() if g is not None}
+    return [loss.losses_M for loss in losses], {name: g for name, g in gradients.items() if g is not None}
 
 
 def apart(pieces: list[Piece]) -> list[Row]:

@@ -1,5 +1,6 @@
 """The self-test passes on a sound model and names what a broken one does."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 
@@ -11,10 +12,17 @@ from torch import Tensor
 
 from megatron_iml.data.loader import assemble_row
 from megatron_iml.kernels.document_attention import DocumentBounds, document_attention_reference
-from megatron_iml.model import layer
+from megatron_iml.model import build, layer
+from megatron_iml.model.ops import REFERENCE
 from megatron_iml.training.self_test import BRANCHES, TRUNK, run_self_test, sample_documents
 
 Attention = Callable[..., Tensor]
+
+
+def attend_with(attention: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build models with this attention."""
+    ops = dataclasses.replace(REFERENCE, document_attention=attention)
+    monkeypatch.setattr(build, "choose_ops", lambda backend, device: ops)
 
 
 def with_bounds(change: Callable[[Tensor], Tensor]) -> Attention:
@@ -69,7 +77,7 @@ def test_a_sound_model_passes_and_keeps_its_state(precision: str) -> None:
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_attention_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "document_attention_reference", BROKEN[name])
+    attend_with(BROKEN[name], monkeypatch)
     with runs.alone(runs.run_config()) as engine, pytest.raises(RuntimeError) as caught:
         run_self_test(engine)
     message = str(caught.value)
@@ -98,7 +106,7 @@ def test_losses_that_are_not_numbers_are_caught(monkeypatch: pytest.MonkeyPatch)
         out = document_attention_reference(qkv, bounds, **settings)
         return out.index_fill(0, torch.tensor([1]), float("nan"))
 
-    monkeypatch.setattr(layer, "document_attention_reference", one_bad_slot)
+    attend_with(one_bad_slot, monkeypatch)
     with runs.alone(runs.run_config()) as engine, pytest.raises(RuntimeError, match=r"documents \[0"):
         run_self_test(engine)
 

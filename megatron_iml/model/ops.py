@@ -1,0 +1,96 @@
+"""The operations of `kernels/` that OPT is made of, by Triton or by their plain references.
+
+What enters: `model.kernel_backend`. What leaves: an `Ops`, seven functions of one signature each whichever
+backend stands behind them, so that the model has one path. The choice is explicit and nothing falls back:
+`triton` without a GPU is an error.
+
+    ops = choose_ops("reference") out_TND = ops.document_attention(qkv_TN3D, bounds, softmax_scale,
+    dropout_probability, dropout_key, first_head)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_iml.kernels.bias_relu import bias_relu, bias_relu_reference
+from megatron_iml.kernels.document_attention import document_attention, document_attention_reference
+from megatron_iml.kernels.layer_norm import (
+    add_layer_norm,
+    add_layer_norm_reference,
+    bias_dropout_add,
+    bias_dropout_add_reference,
+    layer_norm,
+    layer_norm_reference,
+)
+from megatron_iml.kernels.target_loss import target_loss, target_loss_reference
+
+
+@dataclass(frozen=True)
+class Ops:
+    """What the functions do and take: the docstrings in `kernels/<op>/op.py`."""
+
+    document_attention: Callable[..., Tensor]
+    layer_norm: Callable[..., Tensor]
+    add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    bias_dropout_add: Callable[..., Tensor]
+    bias_relu: Callable[..., Tensor]
+    target_loss: Callable[..., tuple[Tensor, Tensor]]
+
+
+REFERENCE = Ops(
+    document_attention=document_attention_reference,
+    layer_norm=layer_norm_reference,
+    add_layer_norm=add_layer_norm_reference,
+    bias_dropout_add=bias_dropout_add_reference,
+    bias_relu=bias_relu_reference,
+    target_loss=target_loss_reference,
+)
+TRITON = Ops(
+    document_attention=document_attention,
+    layer_norm=layer_norm,
+    add_layer_norm=add_layer_norm,
+    bias_dropout_add=bias_dropout_add,
+    bias_relu=bias_relu,
+    target_loss=target_loss,
+)
+
+
+def choose_ops(backend: str, device: torch.device) -> Ops:
+    """The operations of a backend.
+
+    Raises:
+        ValueError: if the backend cannot run on the device.
+    """
+    if backend == "triton" and device.type == "cpu":
+        raise ValueError(
+            f"model.kernel_backend: got triton on {device.type}; allowed there: reference; set "
+            "model.kernel_backend=reference, or run on a GPU"
+        )
+    return {"reference": REFERENCE, "triton": TRITON}[backend]
+
+
+def offer_weight_gradient() -> None:
+    """Give megatron-core's linears a weight gradient that adds to its fp32 buffer inside the GEMM.
+
+    They look for Apex's extension of this name; without it every gradient is first written in low precision
+    and then added. Ours is one call into cuBLAS (`kernels/weight_gradient.py`) and needs no extension.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    if not layers._grad_accum_fusion_available:
+        vars(layers)["fused_weight_gradient_mlp_cuda"] = _WeightGradient
+        vars(layers)["_grad_accum_fusion_available"] = True
+
+
+class _WeightGradient:
+    """Stands where megatron-core imports Apex's module of functions."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(input_TF: Tensor, grad_output_TO: Tensor, main_grad_OF: Any) -> None:
+        """main_grad += grad_output^T @ input."""
+        from megatron_iml.kernels.weight_gradient import accumulate_weight_gradient
+
+        accumulate_weight_gradient(main_grad_OF, grad_output_TO, input_TF)
