@@ -44,7 +44,7 @@ def nan_poison() -> Iterator[None]:
 
 def max_error(result: Tensor, truth: Tensor) -> float:
     """Largest absolute difference in fp64; infinite where one is NaN and the other is not."""
-    result, truth = result.detach().double().cpu(), truth.detach().double().cpu()
+    result, truth = result.detach().double(), truth.detach().to(result.device, torch.float64)
     if not torch.equal(result.isnan(), truth.isnan()):
         return float("inf")
     return float((result - truth).nan_to_num(nan=0.0).abs().max()) if result.numel() else 0.0

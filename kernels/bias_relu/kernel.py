@@ -66,8 +66,8 @@ def _backward(
     tl.store(partials_ptr + strip + columns, tl.sum(d_bias, axis=0), mask=in_features)
 
 
-FORWARD_TILE = (4, 1024, 4)
-BACKWARD_TILE = (4, 1024, 4, 4)
+FORWARD_TILE = (2, 1024, 4)
+BACKWARD_TILE = (8, 1024, 8, 2)
 """Rows, columns, warps, and in the backward programs per multiprocessor, measured on an H100."""
 
 

@@ -167,7 +167,7 @@ class _AddLayerNorm(torch.autograd.Function):
         key, *normed = ctx.saved_tensors
         like = d_y if d_y is not None else d_new_residual
         assert like is not None, "autograd materialises the gradients of outputs that are not used"
-        shape, features = like.shape, like.shape[-1]
+        features = like.shape[-1]
         dropout = None
         if ctx.dropout_numbers is not None:
             probability, first_slot = ctx.dropout_numbers
@@ -180,13 +180,13 @@ class _AddLayerNorm(torch.autograd.Function):
             tuple(normed) if normed else None,
             ctx.has_bias,
             dropout,
-            backward_tile(features),
+            backward_tile(features, like.element_size()),
         )
         d_weight_F, d_bias_F = sums[:2] if normed else (None, None)
         return (
-            d_x_TF.view(shape),
+            d_x_TF.view(like.shape),
             sums[-1] if ctx.has_bias else None,
-            d_residual_TF.view(shape) if ctx.needs_input_grad[2] else None,
+            d_residual_TF.view(like.shape) if ctx.needs_input_grad[2] else None,
             d_weight_F,
             d_bias_F,
             *(None,) * 4,

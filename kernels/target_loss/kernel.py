@@ -1,10 +1,12 @@
 """What happens to a chunk of logits [m, V] between the GEMMs, and to the rows of the hidden gradient after.
 
-    statistics   logits -> maximum, sum of exp(logit - maximum), logit of the target    one read
-    gradient     logits -> scale * (exp(logit - maximum) / sum - onehot), in place      one read, one write
+    statistics   logits -> maximum, sum of exp(logit - maximum), logit of the target
+    gradient     logits -> scale * (exp(logit - maximum) / sum - onehot), in place
     scatter      d_hidden of targets -> d_hidden of slots, equal rows added in fixed order
 
-Under vocabulary parallelism maximum and sum are reduced between the first two; the arithmetic is fp32.
+Under vocabulary parallelism maximum and sum are reduced between the first two. On a single rank one program
+does both to its row, which is still in the cache when it is read again: memory moves the logits twice instead
+of three times. The arithmetic is fp32.
 """
 
 import torch
@@ -14,17 +16,33 @@ from torch import Tensor
 
 
 @triton.jit
+def _overwrite(row_ptr, columns, maximum, total, local_id, scale_ptr, NUM_VOCAB: tl.constexpr):
+    """Replace the logits of some columns of a row by their gradient. `scale_ptr`: fp32 [], or None for 1."""
+    mask = columns < NUM_VOCAB
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+    logits = tl.load(row_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    probabilities = tl.exp(logits - maximum) * tl.div_rn(scale, total)
+    gradient = probabilities - tl.where(columns == local_id, scale, 0.0)
+    tl.store(row_ptr + columns, gradient.to(row_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _statistics(
-    logits_ptr,  # [m, V], rows `stride` apart
+    logits_ptr,  # [m, V], rows `stride` apart; overwritten if GRADIENT
     ids_ptr,  # int64 [m], of the whole vocabulary
     out_ptr,  # fp32 [3, m]: maximum, sum, target logit (0 where another rank has it)
+    scale_ptr,  # fp32 [], or None for 1
     stride,
     vocab_start,
     NUM_VOCAB: tl.constexpr,
+    GRADIENT: tl.constexpr,
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     row = tl.program_id(0)
+    num_rows = tl.num_programs(0)
     row_ptr = logits_ptr + row.to(tl.int64) * stride
     # Every lane keeps its own maximum and sum, so the loop has no reduction across lanes; it looks at STEPS
     # logits at once, so that its sum is rescaled once for all of them.
@@ -39,43 +57,39 @@ def _statistics(
         base = tl.where(larger == float("-inf"), 0.0, larger)
         total = total * tl.exp(maximum - base) + tl.sum(tl.exp(logits - base[None, :]), axis=0)
         maximum = larger
-    row_maximum = tl.max(maximum, axis=0)
-    row_total = tl.sum(total * tl.exp(maximum - row_maximum), axis=0)
     local_id = tl.load(ids_ptr + row) - vocab_start
     is_here = (local_id >= 0) & (local_id < NUM_VOCAB)
     target = tl.load(row_ptr + local_id, mask=is_here, other=0.0).to(tl.float32)
-    num_rows = tl.num_programs(0)
+    row_maximum = tl.max(maximum, axis=0)
+    row_total = tl.sum(total * tl.exp(maximum - row_maximum), axis=0)
     tl.store(out_ptr + row, row_maximum)
     tl.store(out_ptr + num_rows + row, row_total)
     tl.store(out_ptr + 2 * num_rows + row, target)
+    if GRADIENT:
+        # No thread may overwrite a logit that another has still to read.
+        tl.debug_barrier()
+        for first in range(0, NUM_VOCAB, STEPS * LANES):
+            _overwrite(row_ptr, first + offsets, row_maximum, row_total, local_id, scale_ptr, NUM_VOCAB)
 
 
 @triton.jit
 def _gradient(
     logits_ptr,  # [m, V], rows `stride` apart, overwritten
     ids_ptr,  # int64 [m]
-    statistics_ptr,  # fp32 [2 or 3, m]: maximum, sum
+    statistics_ptr,  # fp32 [3, m]: maximum, sum, and a row that is not read
     scale_ptr,  # fp32 [], or None for 1
     stride,
     vocab_start,
     NUM_VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Backwards: the rows that `statistics` read last are still in the cache.
-    num_rows = tl.num_programs(1)
-    row = num_rows - 1 - tl.program_id(1)
+    row = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < NUM_VOCAB
-    pointers = logits_ptr + row.to(tl.int64) * stride + columns
-    logits = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    row_ptr = logits_ptr + row.to(tl.int64) * stride
     maximum = tl.load(statistics_ptr + row)
-    scale = 1.0
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr)
+    total = tl.load(statistics_ptr + tl.num_programs(1) + row)
     local_id = tl.load(ids_ptr + row) - vocab_start
-    factor = tl.div_rn(scale, tl.load(statistics_ptr + num_rows + row))
-    gradient = tl.exp(logits - maximum) * factor - tl.where(columns == local_id, scale, 0.0)
-    tl.store(pointers, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+    _overwrite(row_ptr, columns, maximum, total, local_id, scale_ptr, NUM_VOCAB)
 
 
 @triton.jit
@@ -110,10 +124,11 @@ def _scatter(
         tl.store(out_ptr + slot * NUM_FEATURES + columns, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-STATISTICS_TILE = (4, 1024, 4)
+STATISTICS_TILE = (4, 512, 2)
+FUSED_TILE = (2, 4096, 16)
 """Logits a lane looks at together, lanes, warps; measured on an H100, as the next."""
 
-GRADIENT_TILE = (4096, 4)
+GRADIENT_TILE = (8192, 8)
 """Columns of a program, warps."""
 
 
@@ -121,6 +136,28 @@ def run_statistics(
     logits_mV: Tensor, ids_m: Tensor, vocab_start: int, tile: tuple[int, int, int] = STATISTICS_TILE
 ) -> Tensor:
     """fp32 [3, m]: each row's maximum, sum of exp(logit - maximum), and target logit (0 if not here)."""
+    return _run_rows(logits_mV, ids_m, None, vocab_start, False, tile)
+
+
+def run_fused(
+    logits_mV: Tensor,
+    ids_m: Tensor,
+    scale: Tensor | None,
+    vocab_start: int,
+    tile: tuple[int, int, int] = FUSED_TILE,
+) -> Tensor:
+    """Statistics and gradient at once, of a row that no other rank has a part of."""
+    return _run_rows(logits_mV, ids_m, scale, vocab_start, True, tile)
+
+
+def _run_rows(
+    logits_mV: Tensor,
+    ids_m: Tensor,
+    scale: Tensor | None,
+    vocab_start: int,
+    gradient: bool,
+    tile: tuple[int, int, int],
+) -> Tensor:
     num_rows, num_vocab = logits_mV.shape
     steps, lanes, num_warps = tile
     out = torch.empty(3, num_rows, dtype=torch.float32, device=logits_mV.device)
@@ -128,9 +165,11 @@ def run_statistics(
         logits_mV,
         ids_m,
         out,
+        scale,
         logits_mV.stride(0),
         vocab_start,
         NUM_VOCAB=num_vocab,
+        GRADIENT=gradient,
         STEPS=steps,
         LANES=lanes,
         num_warps=num_warps,

@@ -120,14 +120,23 @@ def _chunks(num_targets: int, chunk: int) -> list[slice]:
     return [slice(first, min(first + size, num_targets)) for first in range(0, num_targets, size)]
 
 
-def _reduce(statistics: Tensor, options: _Options) -> None:
-    """Turn this rank's maximum, sum and target logit [3, m] into those of the whole vocabulary, in place."""
+def _statistics(logits_mV: Tensor, ids_m: Tensor, options: _Options, wants_gradient: bool) -> Tensor:
+    """Maximum, sum and target logit of the whole vocabulary, [3, m]. Logits become their gradient."""
+    from .kernel import run_fused, run_gradient, run_statistics
+
+    scale, start = options.loss_scale, options.vocab_start
+    if options.group_max is None and options.group_sum is None and wants_gradient:
+        return run_fused(logits_mV, ids_m, scale, start)
+    statistics = run_statistics(logits_mV, ids_m, start)
     if options.group_max is not None:
         local_maximum = statistics[0].clone()
         options.group_max(statistics[0])
         statistics[1] *= torch.exp(local_maximum - statistics[0])
     if options.group_sum is not None:
         options.group_sum(statistics[1:])
+    if wants_gradient:
+        run_gradient(logits_mV, ids_m, statistics, scale, start)
+    return statistics
 
 
 class _TargetLoss(torch.autograd.Function):
@@ -140,8 +149,6 @@ class _TargetLoss(torch.autograd.Function):
         target_ids_M: Tensor,
         options: _Options,
     ) -> tuple[Tensor, Tensor]:
-        from .kernel import run_gradient, run_statistics
-
         wants_hidden, wants_weight = (options.grad_enabled and need for need in ctx.needs_input_grad[:2])
         num_targets, (num_vocab, features) = target_rows_M.numel(), weight_VF.shape
         losses_M = torch.empty(num_targets, dtype=torch.float32, device=hidden_TF.device)
@@ -160,11 +167,8 @@ class _TargetLoss(torch.autograd.Function):
             ids_m = target_ids_M[part]
             logits_mV = buffer_CV[: ids_m.numel()]
             torch.mm(hidden_mF, weight_VF.t(), out=logits_mV)
-            statistics = run_statistics(logits_mV, ids_m, options.vocab_start)
-            _reduce(statistics, options)
+            statistics = _statistics(logits_mV, ids_m, options, wants_hidden or wants_weight)
             losses_M[part] = statistics[0] + torch.log(statistics[1]) - statistics[2]
-            if wants_hidden or wants_weight:
-                run_gradient(logits_mV, ids_m, statistics, options.loss_scale, options.vocab_start)
             if d_hidden_MF is not None:
                 torch.mm(logits_mV, weight_VF, out=d_hidden_MF[part])
             if weight_grad_VF is not None:
