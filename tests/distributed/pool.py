@@ -164,11 +164,13 @@ def run_in_world(job: Job, connection: Connection) -> None:
 
     from megatron_iml.parallel.groups import stop_distributed
 
-    # A file, not a port: nothing to collide with.
-    store = dist.FileStore(job.store, job.world_size)
-    timeout = timedelta(seconds=job.timeout_seconds)
-    dist.init_process_group("gloo", store=store, rank=job.rank, world_size=job.world_size, timeout=timeout)
     try:
+        # A file, not a port: nothing to collide with. The pool's own deadline comes before this timeout.
+        store = dist.FileStore(job.store, job.world_size)
+        timeout = timedelta(seconds=2 * job.timeout_seconds + 60)
+        dist.init_process_group(
+            "gloo", store=store, rank=job.rank, world_size=job.world_size, timeout=timeout
+        )
         result = vars(load(job.module, job.file))[job.function](*job.arguments)
     except Exception:  # whatever it is, the test that asked gets it
         # Before this rank leaves: the others' complaints about that must come later than the cause.
