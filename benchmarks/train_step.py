@@ -116,10 +116,10 @@ def time_steps(engine: Engine, steps: list[StepRows], warm_up: int) -> list[floa
 
 def profile_step(engine: Engine, rows: StepRows) -> str:
     """The kernels of one step, longest total first."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profiler:
         train_step(engine, rows, 1e-6)
-        torch.cuda.synchronize()
-    return profiler.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=70)
+    busiest = f"self_{engine.layout.device.type}_time_total"
+    return profiler.key_averages().table(sort_by=busiest, row_limit=40, max_name_column_width=70)
 
 
 def main() -> None:
@@ -168,10 +168,8 @@ def report(
     """Print the result, and append it to train_step.jsonl."""
     rates = [rows.num_real / second for rows, second in zip(steps, seconds, strict=True)]
     tflops = [rows.useful_flops / second / 1e12 for rows, second in zip(steps, seconds, strict=True)]
-    world = engine.layout.world_size
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    world, on_gpu = engine.layout.world_size, engine.layout.device.type == "cuda"
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     row = {
         "size": arguments.size,
         "row_length": arguments.row_length,
@@ -180,11 +178,11 @@ def report(
         "lengths": "real" if arguments.lengths else "synthetic",
         "overrides": arguments.overrides,
         "ranks": world,
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
         "milliseconds": [round(1000 * f(seconds), 1) for f in (statistics.median, min, max)],
         "real_tokens_per_second": round(statistics.median(rates)),
         "useful_tflops_per_gpu": round(statistics.median(tflops) / world, 1),
-        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if on_gpu else None,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "commit": git.stdout.strip(),
         "parallel": dataclasses.asdict(engine.config.parallel),

@@ -50,10 +50,13 @@ def test_triton_gives_the_references_losses_and_gradients_with_dropout_on(precis
         errors[backend] = {"losses": relative(losses, true_losses)}
         for name, gradient in gradients.items():
             errors[backend][name] = relative(gradient / scale, true_gradients[name])
+    wrong = []
     for name, error in errors["triton"].items():
         # Forward error at most 2x, gradients 3x of plain torch in the same type; in fp32 both are rounding.
-        allowed = (2 if name == "losses" else 3) * errors["reference"][name]
-        assert error <= max(allowed, 2e-5), f"{name}: {error:.2e}, allowed {allowed:.2e}"
+        allowed = max((2 if name == "losses" else 3) * errors["reference"][name], 2e-5)
+        if not error <= allowed:
+            wrong.append(f"{name}: {error:.2e}, allowed {allowed:.2e}")
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
