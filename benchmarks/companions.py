@@ -324,7 +324,7 @@ def describe(commit: str) -> dict[str, str]:
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"triton {triton.__version__}",
         "commit": commit,
-        "command": "python " + " ".join(sys.argv),
+        "command": "python benchmarks/companions.py --output FOLDER",
         "sizes": f"{SLOTS} slots, vocabulary {VOCABULARY}, {round(TARGET_SHARE * SLOTS)} targets, {DTYPE}",
     }
 

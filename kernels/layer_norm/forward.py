@@ -95,9 +95,9 @@ def _forward(
 
 
 def forward_tile(num_features: int) -> tuple[int, int]:
-    """Rows per program and warps, measured on an H100 (benchmarks/companions.py)."""
+    """Rows per program and warps, measured on an H100."""
     block = triton.next_power_of_2(num_features)
-    return max(1, 2048 // block), min(max(block // 512, 4), 16)
+    return max(1, 2048 // block), 8 if block <= 8192 else 16
 
 
 def run_forward(

@@ -67,7 +67,7 @@ def add_layer_norm(
     """
     vectors = {"x_bias": x_bias_F, "weight": weight_F, "bias": bias_F}
     _check("add_layer_norm", x_TF, {"residual": residual_TF}, vectors)
-    _check_dropout("add_layer_norm", dropout_probability, dropout_key)
+    _check_dropout("add_layer_norm", dropout_probability, dropout_key, x_TF.device)
     return _AddLayerNorm.apply(
         x_TF, x_bias_F, residual_TF, weight_F, bias_F, eps, dropout_probability, dropout_key, first_slot
     )
@@ -87,7 +87,7 @@ def bias_dropout_add(
     """
     matrices = {} if residual_TF is None else {"residual": residual_TF}
     _check("bias_dropout_add", x_TF, matrices, {} if x_bias_F is None else {"x_bias": x_bias_F})
-    _check_dropout("bias_dropout_add", dropout_probability, dropout_key)
+    _check_dropout("bias_dropout_add", dropout_probability, dropout_key, x_TF.device)
     if x_bias_F is None and residual_TF is None and dropout_probability == 0.0:
         return x_TF
     _, new_residual_TF = _AddLayerNorm.apply(
@@ -107,14 +107,20 @@ def _check(op: str, x_TF: Tensor, matrices: dict[str, Tensor], vectors: dict[str
         require(op, name, vector, (features,), x_TF.dtype, x_TF.device)
 
 
-def _check_dropout(op: str, probability: float, key: Tensor | None) -> None:
+def _check_dropout(op: str, probability: float, key: Tensor | None, device: torch.device) -> None:
     if not 0.0 <= probability < 1.0:
         raise ValueError(f"{op}: dropout_probability is {probability}; allowed: 0 or more, below 1")
-    if probability > 0.0 and (key is None or key.dtype != torch.int64 or key.numel() != 1):
-        raise ValueError(
-            f"{op}: dropout_key is {key if key is None else (key.dtype, tuple(key.shape))}; "
-            "dropout needs a scalar int64 tensor on the device, made by philox.key_tensor"
-        )
+    if probability > 0.0:
+        if key is None:
+            raise ValueError(
+                f"{op}: dropout_probability is {probability} without a dropout_key; pass a tensor"
+            )
+        require(op, "dropout_key", key, (), torch.int64, device)
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """[rows, features] without gaps: the gradient of a sum, for one, arrives as an expanded scalar."""
+    return None if tensor is None else tensor.contiguous().view(-1, tensor.shape[-1])
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -141,7 +147,7 @@ class _AddLayerNorm(torch.autograd.Function):
         new_residual_TF, y_TF, mean_T, rstd_T = run_forward(
             rows_TF,
             x_bias_F,
-            residual_TF.view(-1, features) if residual_TF is not None else None,
+            _rows(residual_TF),
             (weight_F, bias_F, eps) if weight_F is not None and bias_F is not None else None,
             dropout,
             forward_tile(features),
@@ -152,7 +158,7 @@ class _AddLayerNorm(torch.autograd.Function):
         else:
             ctx.save_for_backward(key)
         ctx.dropout_numbers = (probability, first_slot) if dropout is not None else None
-        ctx.adds, ctx.has_bias = new_residual_TF is not None, x_bias_F is not None
+        ctx.has_bias = x_bias_F is not None
         return (
             y_TF.view(x_TF.shape) if y_TF is not None else None,
             new_residual_TF.view(x_TF.shape) if new_residual_TF is not None else None,
@@ -166,21 +172,18 @@ class _AddLayerNorm(torch.autograd.Function):
 
         key, *normed = ctx.saved_tensors
         like = d_y if d_y is not None else d_new_residual
-        assert like is not None, "autograd materialises the gradients of outputs that are not used"
-        features = like.shape[-1]
+        assert like is not None, "autograd gives an output that is not used a gradient of zeros"
         dropout = None
         if ctx.dropout_numbers is not None:
             probability, first_slot = ctx.dropout_numbers
             dropout = Dropout(probability, key, first_slot)
         d_residual_TF, d_x_TF, sums = run_backward(
-            d_y.contiguous().view(-1, features) if normed and d_y is not None else None,
-            d_new_residual.contiguous().view(-1, features)
-            if ctx.adds and d_new_residual is not None
-            else None,
+            _rows(d_y),
+            _rows(d_new_residual),
             tuple(normed) if normed else None,
             ctx.has_bias,
             dropout,
-            backward_tile(features, like.element_size()),
+            backward_tile(like.shape[-1], like.element_size()),
         )
         d_weight_F, d_bias_F = sums[:2] if normed else (None, None)
         return (

@@ -96,7 +96,7 @@ def _gradient(
 def _scatter(
     source_ptr,  # [M, F]
     order_ptr,  # int64 [M]: positions in `source`, sorted by slot, stable
-    rows_ptr,  # int64 [M]: slots in that order
+    rows_ptr,  # int32 [M]: slots in that order
     factor_ptr,  # fp32 []
     out_ptr,  # [T, F], zero where no target is
     num_targets,
@@ -104,8 +104,8 @@ def _scatter(
     BLOCK: tl.constexpr,
 ):
     first = tl.program_id(0)
-    slot = tl.load(rows_ptr + first)
-    previous = tl.load(rows_ptr + first - 1, mask=first > 0, other=-1)
+    slot = tl.load(rows_ptr + first).to(tl.int64)
+    previous = tl.load(rows_ptr + first - 1, mask=first > 0, other=-1).to(tl.int64)
     # The program of a slot's first target adds up all of them; the others have nothing to do.
     if slot != previous:
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -119,7 +119,7 @@ def _scatter(
                 tl.float32
             )
             position += 1
-            same = tl.load(rows_ptr + position, mask=position < num_targets, other=-1)
+            same = tl.load(rows_ptr + position, mask=position < num_targets, other=-1).to(tl.int64)
         total *= tl.load(factor_ptr)
         tl.store(out_ptr + slot * NUM_FEATURES + columns, total.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -206,7 +206,8 @@ def run_scatter(source_MF: Tensor, target_rows_M: Tensor, factor: Tensor, num_sl
     num_targets, num_features = source_MF.shape
     out_TF = source_MF.new_zeros(num_slots, num_features)
     if num_targets:
-        rows_M, order_M = torch.sort(target_rows_M, stable=True)
+        # A radix sort takes half the time on half the bits.
+        rows_M, order_M = torch.sort(target_rows_M.to(torch.int32), stable=True)
         block = min(1024, triton.next_power_of_2(num_features))
         _scatter[(num_targets, triton.cdiv(num_features, block))](
             source_MF, order_M, rows_M, factor, out_TF, num_targets, NUM_FEATURES=num_features, BLOCK=block

@@ -45,11 +45,11 @@ def upstream(rows: int, features: int, dtype: torch.dtype) -> list[Tensor]:
     return [normal(rows, features, seed=seed, dtype=dtype).detach() for seed in (6, 7)]
 
 
-def keep(rows: int, features: int, probability: float, first_slot: int = FIRST_SLOT) -> Tensor:
+def keep(rows: int, features: int, probability: float) -> Tensor:
     """The mask, bool [rows, features], from the definition."""
-    slots = torch.arange(first_slot, first_slot + rows)
-    plane = torch.zeros(1, dtype=torch.int64)
-    return keep_mask(KEY, probability, slots, torch.arange(features), plane)[0].to(DEVICE)
+    slots = torch.arange(FIRST_SLOT, FIRST_SLOT + rows, device=DEVICE)
+    plane = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    return keep_mask(KEY, probability, slots, torch.arange(features, device=DEVICE), plane)[0]
 
 
 def torch_sum(
@@ -213,7 +213,7 @@ def test_repeats_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
         ({"x_TF": torch.zeros(8, 4).t()}, r"x is .* with gaps in memory.*\.contiguous\(\)"),
         ({"x_TF": torch.zeros(4, 8, dtype=torch.float64)}, r"got torch.float64; allowed: .*_reference"),
         ({"dropout_probability": 1.0}, r"dropout_probability is 1.0; allowed"),
-        ({"dropout_probability": 0.1}, r"dropout_key is None; dropout needs"),
+        ({"dropout_probability": 0.1}, r"dropout_probability is 0.1 without a dropout_key"),
     ],
 )
 def test_what_does_not_go_together_is_refused(change: dict, first_line: str) -> None:
