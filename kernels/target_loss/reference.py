@@ -39,7 +39,7 @@ def target_loss_reference(
     if weight_grad_VF is not None:
         weight_VF = weight_VF.detach().requires_grad_(weight_VF.requires_grad)
         if weight_VF.requires_grad:
-            weight_VF.register_hook(weight_grad_VF.add_)
+            weight_VF.register_hook(lambda gradient_VF: _add(weight_grad_VF, gradient_VF))
     precision = torch.promote_types(hidden_TF.dtype, torch.float32)
     logits_MV = hidden_TF.index_select(0, target_rows_M).to(precision) @ weight_VF.to(precision).t()
     with torch.no_grad():
@@ -60,3 +60,8 @@ def target_loss_reference(
     # Its gradient is probabilities - onehot; its value does not matter. A reduction has no gradient here.
     surrogate = (probabilities_MV * logits_MV).sum() - at_target_M.sum()
     return losses_M.sum() + (surrogate - surrogate.detach()).float(), losses_M
+
+
+def _add(buffer: Tensor, gradient: Tensor) -> None:
+    """Add in place and return nothing: what a hook returns would replace the gradient, in the buffer's type."""
+    buffer.add_(gradient)

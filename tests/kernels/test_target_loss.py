@@ -210,3 +210,20 @@ def test_what_does_not_go_together_is_refused(change: dict, first_line: str) -> 
     change = {name: on_device(value) for name, value in change.items()}
     with pytest.raises(ValueError, match=first_line):
         target_loss(**(differentiable | indices | change))
+
+
+def test_reference_adds_a_low_precision_gradient_to_an_fp32_buffer() -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(11, 8, generator=generator)
+    rows, ids = torch.tensor([1, 1, 4]), torch.tensor([0, 10, 3])
+    buffers = []
+    for dtype in (torch.float32, torch.bfloat16):
+        buffer = torch.full((11, 8), 0.5)
+        leaf = weight.to(dtype).requires_grad_()
+        loss_sum, _ = target_loss_reference(hidden.to(dtype), leaf, rows, ids, weight_grad_VF=buffer)
+        loss_sum.backward()
+        assert leaf.grad is None
+        buffers.append(buffer)
+    # Inputs and gradient are rounded to 8 bits.
+    torch.testing.assert_close(buffers[1], buffers[0], rtol=0.05, atol=0.05)
+    assert not torch.equal(buffers[0], torch.full((11, 8), 0.5))
