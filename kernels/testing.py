@@ -1,13 +1,14 @@
-"""What every kernel test needs: an error budget that is argued, poisoned memory, and packed rows to attend in.
+"""What every kernel test needs: an error budget that is argued, poisoned memory, and packed rows to attend
+in.
 
     with nan_poison(): out = op(x)                      # elements that the op does not write are NaN
     assert_within_budget("out", out, torch_out, truth)  # at most twice the error of torch in the same type
-    end_T = documents_end([3, 2], padding=1)            # [3, 3, 3, 5, 5, 5]
-    end_T = tree_end(2, [2, 1])                         # [5, 5, 4, 4, 5], a trunk of 2 with branches of 2 and 1
+    end_T = documents_end([3, 2], padding=1)            # [3, 3, 3, 5, 5, 5] end_T = tree_end(2, [2, 1])
+    # [5, 5, 4, 4, 5], a trunk of 2 with branches of 2 and 1
 
-The budget: a kernel may err twice as much as plain torch errs when it computes the same in the same type, both
-measured against fp64, since one rounding more or less doubles or halves an error; gradients, whose inputs are
-themselves rounded results, three times. Nothing loosens it, on no machine.
+The budget: a kernel may err twice as much as plain torch errs when it computes the same in the same type,
+both measured against fp64, since one rounding more or less doubles or halves an error; gradients, whose
+inputs are themselves rounded results, three times. Nothing loosens it, on no machine.
 """
 
 import contextlib

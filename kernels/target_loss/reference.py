@@ -63,5 +63,6 @@ def target_loss_reference(
 
 
 def _add(buffer: Tensor, gradient: Tensor) -> None:
-    """Add in place and return nothing: what a hook returns would replace the gradient, in the buffer's type."""
+    """Add in place and return nothing: what a hook returns would replace the gradient, in the buffer's
+    type."""
     buffer.add_(gradient)
