@@ -10,18 +10,19 @@ Strict: an unknown or repeated key, or a value of another type, is a ValueError 
 and what is allowed. Whether the values fit one another and the cluster is the business of `rules.py`.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import get_args
 
 import yaml
 
 from megatron_iml.config.convert import convert, field_types, known_keys, unknown_key
 from megatron_iml.config.schema import Config, ModelConfig
 from megatron_iml.config.sizes import OPT_SIZES, OPTSize, opt_size
+from megatron_iml.config.strict_yaml import parse_yaml
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -49,36 +50,13 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(asdict(config), sort_keys=False, width=100), encoding="utf-8")
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error; PyYAML alone keeps the last one and says nothing."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                line = key_node.start_mark.line + 1
-                raise ValueError(
-                    f"line {line}: got the key {key_node.value} twice; allowed: once; remove one"
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-def _parse_yaml(text: str) -> object:
-    try:
-        return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: builds plain values only
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"got text that is not YAML; allowed: YAML; mend it: {reason}") from error
-
-
 def _read_yaml(path: Path) -> object:
     if not path.is_file():
         found = ", ".join(sorted(sibling.name for sibling in path.parent.glob("*.yaml"))) or "no *.yaml"
         raise FileNotFoundError(
             f"config file: got {path}, which is not a file; allowed: a YAML file; {path.parent} has {found}"
         )
-    return _parse_yaml(path.read_text(encoding="utf-8"))
+    return parse_yaml(path.read_text(encoding="utf-8"))
 
 
 def _override(config: Config, override: str) -> Config:
@@ -93,7 +71,7 @@ def _override(config: Config, override: str) -> Config:
     kind = field_types(type(section))[name]
     # A run called 2024 or no is a text here, not the number or the bool that YAML sees.
     is_text = kind is str or (str in get_args(kind) and NoneType in get_args(kind) and text != "null")
-    value = convert(text if is_text else _parse_yaml(text), kind, key)
+    value = convert(text if is_text else parse_yaml(text), kind, key)
     return replace(config, **{section_name: replace(section, **{name: value})})
 
 

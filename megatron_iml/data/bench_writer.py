@@ -32,7 +32,7 @@ from megatron_iml.data.bench import (
     file_stem,
     manifest_bytes,
 )
-from megatron_iml.data.example import Example, Task
+from megatron_iml.data.example import Example, Metric, Task
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.prompts import clean_target, with_delimiter
 from megatron_iml.data.splits import (
@@ -98,12 +98,16 @@ def build_bench(
     return Bench.open(output)
 
 
-def render_row(example: Example, seed: int, counts: TaskCounts) -> dict[str, Any] | None:
-    """The bench row of an example; None, with the reason in `counts`, where it has no usable target."""
+def render_row(example: Example, metric: Metric, seed: int, counts: TaskCounts) -> dict[str, Any] | None:
+    """The bench row of an example; None, with the reason in `counts`, where it cannot be scored."""
     targets = _distinct(example.targets, counts, "reference")
     candidates = _distinct(example.candidates, counts, "candidate") if example.candidates else []
     if not targets:
         counts.drop("blank target")
+        return None
+    # Said here, where it costs a row; the evaluation could only stop.
+    if metric == "accuracy" and not candidates:
+        counts.drop("no candidates in a task scored by accuracy")
         return None
     if candidates and targets[0] not in candidates:
         counts.drop("target is not among the candidates")
@@ -133,7 +137,7 @@ def _write_task(task: Task, stem: str, splits: Splits, counts: TaskCounts, stagi
     instances, sources = array("Q"), array("Q")
     with spool.open("wb") as file:
         for example in task.examples():
-            row = render_row(example, splits.seed, counts)
+            row = render_row(example, task.metric, splits.seed, counts)
             if row is not None:
                 instances.append(instance_hash(splits.seed, example.task, example.id))
                 # Pretraining text has no source of its own to compare.
@@ -176,7 +180,15 @@ def _deal(spool: Path, split_N: np.ndarray, staging: Path, stem: str) -> list[tu
 
 def _unique_stems(tasks: Sequence[Task]) -> list[str]:
     owners: dict[str, Task] = {}
+    categories: dict[tuple[str, str], str] = {}
     for task in tasks:
+        # The ledger knows a task by benchmark and name: a second category would share its account.
+        category = categories.setdefault((task.benchmark, task.name), task.category)
+        if category != task.category:
+            raise ValueError(
+                f"task {task.name!r} of {task.benchmark} has the categories {category!r} and "
+                f"{task.category!r}; a task has one: rename one of the files"
+            )
         stem = file_stem(task.benchmark, task.category, task.name)
         if (other := owners.setdefault(stem, task)) is not task:
             raise ValueError(

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import yaml
 
+from megatron_iml.config.strict_yaml import parse_yaml
 from megatron_iml.data.ledger import Drops, TaskCounts
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -64,13 +64,16 @@ def json_object(path: Path) -> dict[str, Any]:
 def yaml_mapping(path: Path) -> dict[str, Any]:
     """Keys and values of a YAML file; an empty file has none."""
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise FileNotFoundError(f"no file {path}; correct the path")
     try:
-        content = yaml.safe_load(path.read_bytes()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        # Strict: of two lists `held_out_tasks` the first would be trained on without a word.
+        content = parse_yaml(path.read_text(encoding="utf-8")) or {}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: got a YAML {type(content).__name__}, expected keys and values")
+        raise ValueError(
+            f"{path}: got a YAML {type(content).__name__}, expected keys and values; write `key: value`"
+        )
     return content
 
 
@@ -109,7 +112,12 @@ def _parse_object(raw: bytes, place: str) -> dict[str, Any]:
 def _parse_python_json(raw: bytes, place: str) -> Any:
     """Python's own JSON also knows NaN, which official files hold (`"URL": [NaN]` in task603 of Super-NI)."""
     try:
-        return json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8"))
+        # It also takes half a surrogate pair (a lone \ud83d), which no UTF-8 file can hold afterwards.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: a text holds half a surrogate pair; fix or remove it") from error
     except UnicodeDecodeError as error:
         raise ValueError(_not_utf8(place, error)) from error
     except json.JSONDecodeError as error:

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_iml.data.bench import Bench, verify_bench
 from megatron_iml.data.bench_writer import build_bench, render_row
-from megatron_iml.data.example import Example, Task
+from megatron_iml.data.example import Example, Metric, Task
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.splits import Splits
 
@@ -51,11 +51,24 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def row_of(targets: Sequence[str], candidates: Sequence[str] = (), source: str = "Is it?"):
+def row_of(
+    targets: Sequence[str], candidates: Sequence[str] = (), source: str = "Is it?", metric: Metric = "rouge_l"
+):
     counts = TaskCounts()
-    return render_row(
-        Example("1", "t", "B", "C", source, tuple(targets), tuple(candidates)), 1, counts
-    ), counts
+    example = Example("1", "t", "B", "C", source, tuple(targets), tuple(candidates))
+    return render_row(example, metric, 1, counts), counts
+
+
+def test_a_row_without_candidates_is_no_row_of_a_ranked_task():
+    row, counts = row_of(["yes"], metric="accuracy")
+    assert row is None and counts.dropped == {"no candidates in a task scored by accuracy": 1}
+    assert row_of(["yes"])[0] is not None
+
+
+def test_a_task_of_two_categories_is_refused(tmp_path):
+    tasks = [Task("t", "B", category, "rouge_l", lambda: iter(())) for category in ("C", "D")]
+    with pytest.raises(ValueError, match="task 't' of B has the categories 'C' and 'D'"):
+        build_bench(tasks, Drops(), Splits(), tmp_path / "bench")
 
 
 def test_files_levels_and_counts(tmp_path):

@@ -114,6 +114,7 @@ def test_file_is_read_strictly(tmp_path):
     assert load_splits(path) == Splits(held_out_categories=("A",), test_examples_per_task=5)
     for content, message in (
         ("held_out_category: [A]", "unknown key 'held_out_category'; did you mean 'held_out_categories'"),
+        ("held_out_tasks: [a1]\nheld_out_tasks: [a2]", "line 2: got the key held_out_tasks twice"),
         ("seed: yes", "seed is True; give a whole number"),
         ("held_out_tasks: a1", "held_out_tasks is 'a1'; give a list of names"),
         ("test_examples_per_task: -1", "test_examples_per_task is -1; give 0 or more"),

@@ -44,6 +44,7 @@ def test_python_json_with_nan_is_read(tmp_path):
     [
         (b'{"a": "caf\xe9"}', r"a.jsonl:2: not UTF-8 \(byte 0xe9 at offset 10\); re-encode the file"),
         (b'{"a": 1', r"a.jsonl:2: not valid JSON \(.*\); expected an object"),
+        (rb'{"a": "\ud83d"}', r"a.jsonl:2: a text holds half a surrogate pair"),
         (b"[1]", r"a.jsonl:2: got a JSON list, expected an object"),
     ],
 )
@@ -98,7 +99,7 @@ def test_missing_and_wrong_folders_are_told_apart(tmp_path):
 
 
 def test_yaml_faults_fit_on_one_line(tmp_path):
-    with pytest.raises(ValueError, match="not valid YAML") as error:
+    with pytest.raises(ValueError, match="not YAML") as error:
         yaml_mapping(write(tmp_path / "a.yaml", b"a: [1\nb: 2"))
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="got a YAML list, expected keys and values"):

@@ -49,7 +49,7 @@ def read(folder: Path, drops: Drops) -> Iterator[Task]:
 
 
 def _metric(path: Path) -> Metric:
-    # The metric is asked for before any row is read; rows of one task agree on having candidates.
+    # The metric is asked for before any row is written; the writer drops rows that do not fit it.
     for _, row in json_lines(path):
         return "accuracy" if row.get("candidates") else "rouge_l"
     return "rouge_l"
