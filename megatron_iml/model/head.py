@@ -4,7 +4,7 @@ Labels are pairs (target_rows, target_ids), so the head computes nothing for the
 targets that is a twelfth of the work. The tied weight is cut along the vocabulary; two small reductions over
 the tensor-parallel group join the shards' softmax.
 
-    losses = target_losses(ops, config, tp_group, hidden_T1F, weight_VF, batch)
+    losses = head(ops, hidden_T1F, weight_VF, batch)          # head: TargetHead, the model's output_layer
     losses.total.backward()
 
 Shapes: T slots (T / tensor size under sequence parallelism), M targets, F features, V vocabulary rows here.
@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -32,6 +33,20 @@ class TargetLosses(NamedTuple):
     """fp32 scalar with a gradient: the sum of the losses."""
     losses_M: Tensor
     """fp32 [M], detached: each target's negative log-likelihood."""
+
+
+class TargetHead(ColumnParallelLinear):
+    """megatron-core's vocabulary-parallel weight, used on target rows only.
+
+    Its own forward would gather the whole row again and make logits of all of it. It is called as a module
+    all the same: overlapped parameter gathers wait for a weight when its module is called.
+    """
+
+    def forward(
+        self, ops: Ops, hidden_T1F: Tensor, weight_VF: Tensor, batch: MicroBatch
+    ) -> TargetLosses:
+        """Losses of the batch's targets; `weight_VF` is this module's weight or the embedding's."""
+        return target_losses(ops, self.config, self.tp_group, hidden_T1F, weight_VF, batch)
 
 
 def target_losses(

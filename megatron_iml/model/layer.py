@@ -49,6 +49,26 @@ class LayerNorm(torch.nn.Module):
         return self.ops.layer_norm(hidden_T1F, self.weight, self.bias, self.eps)
 
 
+class AddLayerNorm(LayerNorm):
+    """Adds a sub-layer's bias, dropout and residual, and normalises the sum, in one pass."""
+
+    # A module rather than a call with another module's weights: overlapped parameter gathers wait for a
+    # weight when the module that owns it is called, and for no other reason.
+    def forward(  # type: ignore[override]
+        self,
+        update_T1F: Tensor,
+        bias_F: Tensor,
+        residual_T1F: Tensor,
+        probability: float,
+        key: Tensor | None,
+        first_slot: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the normalised sum and the sum, both [T, 1, F]."""
+        return self.ops.add_layer_norm(
+            update_T1F, bias_F, residual_T1F, self.weight, self.bias, self.eps, probability, key, first_slot
+        )
+
+
 class SelfAttention(MegatronModule):
     """Fused query-key-value projection, document attention, output projection."""
 
@@ -172,27 +192,20 @@ class OPTLayer(MegatronModule, BaseTransformerLayer):
         self.self_attention = SelfAttention(
             config, self.chunk_index, plan, selective_recompute, ops, pg_collection.tp
         )
-        self.pre_mlp_layernorm = LayerNorm(config, hidden_size, eps, ops)
+        self.pre_mlp_layernorm = AddLayerNorm(config, hidden_size, eps, ops)
         self.mlp = FeedForward(config, ops, pg_collection.tp)
 
     def forward(
         self, hidden_states: Tensor, packed_seq_params: RowContext | DecodeContext, **unused: Any
     ) -> tuple[Tensor, None]:
         """Run the layer on [T, 1, F]. TransformerBlock passes further arguments that are all None for OPT."""
-        context, norm = packed_seq_params, self.pre_mlp_layernorm
+        context, slots = packed_seq_params, hidden_states.shape[0]
         attention, bias = self.self_attention(self.input_layernorm(hidden_states), context)
-        # One pass adds the projection's bias, drops, adds the residual and normalises the sum.
-        normed, hidden_states = self.ops.add_layer_norm(
-            attention,
-            bias,
-            hidden_states,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            *self._dropout(context, "attention_output", hidden_states.shape[0]),
-        )
+        dropout = self._dropout(context, "attention_output", slots)
+        normed, hidden_states = self.pre_mlp_layernorm(attention, bias, hidden_states, *dropout)
         feed_forward, bias = self.mlp(normed)
-        dropout = self._dropout(context, "feed_forward_output", hidden_states.shape[0])
+        dropout = self._dropout(context, "feed_forward_output", slots)
+        # The second value is cross-attention's context, which TransformerBlock expects of every layer.
         return self.ops.bias_dropout_add(feed_forward, bias, hidden_states, *dropout), None
 
     def _dropout(

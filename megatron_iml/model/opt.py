@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -39,7 +39,7 @@ from megatron_iml.parallel.groups import Layout
 
 from .cache import DecodeContext
 from .dropout import EMBEDDING_LAYER, DropoutPlan, key_of
-from .head import TargetLosses, target_losses
+from .head import TargetHead, TargetLosses
 from .layer import LayerNorm, OPTLayer
 from .ops import Ops
 from .row import MicroBatch, RowContext
@@ -121,7 +121,7 @@ class OPTModel(LanguageModule):
         )
         if post_process:
             # Tied: on the first stage too, the embedding is the head and this layer holds no weight.
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = TargetHead(
                 config.hidden_size,
                 model.vocab_size,
                 config=config,
@@ -152,7 +152,7 @@ class OPTModel(LanguageModule):
         if not self.post_process:
             return hidden_T1F
         weight_VF = self.shared_embedding_or_output_weight()
-        return target_losses(self.ops, self.config, self.tp_group, hidden_T1F, weight_VF, batch)
+        return self.output_layer(self.ops, hidden_T1F, weight_VF, batch)
 
     def next_token_logits(
         self, tokens_T: Tensor, positions_T: Tensor, context: RowContext | DecodeContext, rows_B: Tensor

@@ -46,6 +46,7 @@ SLOW_LAYOUTS = {
         layout(pipeline=2, virtual_pipeline_model_parallel_size=2, **OVERLAP),
     ),
     "dp2-reduce-overlap": (2, layout(overlap_grad_reduce=True)),
+    "pp2-dp2-overlap": (4, layout(pipeline=2, **OVERLAP)),
     "tp2-pp2-dp2": (8, layout(tensor=2, pipeline=2, sequence_parallel=True, recompute_granularity="full")),
 }
 
