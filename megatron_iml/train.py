@@ -15,7 +15,10 @@ from megatron_iml.config import Config, check_config, load_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 2 a mistake in the input, 75 stopped by a signal."""
+    """Run the command; returns the exit status: 0 done, 2 a mistake in the input, 75 stopped by a signal.
+
+    Anything else is an exception with its traceback, on the rank that met it.
+    """
     parser = argparse.ArgumentParser(prog="python -m megatron_iml.train", description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="YAML file; see examples/recipes")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. training.steps=100")
@@ -23,27 +26,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(parsed.config, parsed.overrides)
         check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
-        return run(config)
     except (ValueError, FileNotFoundError) as error:
-        # Every rank finds the same mistake: one of them says it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
+    return run(config)
+
+
+def _refuse(mistake: Exception) -> int:
+    # Every rank has found the same mistake: one of them says it.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {mistake}", file=sys.stderr)
+    return 2
 
 
 def run(config: Config) -> int:
     """Train with a checked configuration."""
     # torch and megatron-core take seconds to import: not before the arguments are known to be right.
     from megatron_iml.parallel.groups import start_distributed, stop_distributed
+    from megatron_iml.training.agree import AgreedMistake
     from megatron_iml.training.loop import train
     from megatron_iml.training.prepare import prepare
     from megatron_iml.training.signals import EXIT_REQUEUE
 
     layout = start_distributed(config)
     try:
-        finished = train(prepare(config, layout))
-    finally:
+        prepared = prepare(config, layout)
+    except AgreedMistake as mistake:
         stop_distributed()
+        return _refuse(mistake)
+    finished = train(prepared)
+    # Not in a `finally`: one rank that fails alone would wait here for the others, who wait in a collective,
+    # and its traceback would not be seen. It dies instead, and the launcher ends the rest.
+    stop_distributed()
     return 0 if finished else EXIT_REQUEUE
 
 

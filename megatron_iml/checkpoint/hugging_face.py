@@ -34,7 +34,7 @@ def load_hugging_face(folder: Path, chunks: Sequence[OPTModel], model: ModelConf
     Raises:
         ValueError: if the folder's model has another shape or is OPT-350m's variant, or a tensor is missing.
     """
-    _check_shape(folder, model)
+    check_shape(folder, model)
     read = open_tensors(folder)
     head_dim = model.hidden_size // model.num_attention_heads
     for name, parameter in named_global_parameters(chunks):
@@ -94,12 +94,12 @@ def _readers(path: Path) -> dict[str, Callable[[], Tensor]]:
     return {name: lambda tensor=tensor: tensor for name, tensor in state.items()}  # type: ignore[misc]
 
 
-def _check_shape(folder: Path, model: ModelConfig) -> None:
+def check_shape(folder: Path, model: ModelConfig) -> None:
+    """Refuse a folder whose model is of another size, or post-norm as OPT-350m."""
     theirs: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    if (
-        not theirs.get("do_layer_norm_before", True)
-        or theirs.get("word_embed_proj_dim") != theirs["hidden_size"]
-    ):
+    # Files may leave both out, which means the default: pre-norm, and no projection.
+    projected = theirs.get("word_embed_proj_dim") not in (None, theirs["hidden_size"])
+    if projected or not theirs.get("do_layer_norm_before", True):
         raise ValueError(
             f"{folder} is OPT-350m's variant (post-norm, projected embedding), which is not supported: "
             "use another size of the family"

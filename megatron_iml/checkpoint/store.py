@@ -63,7 +63,6 @@ class CheckpointStore:
         self.directory, self.keep_last, self.asynchronous = directory, keep_last, asynchronous
         # Not persistent: megatron-core's persistent worker needs CUDA and dies without it.
         self.queue = AsyncCallsQueue(persistent=False)
-        _start_results_process()
 
     def save(self, engine: Engine, state: RunState) -> Path:
         """Start writing a checkpoint; with `asynchronous` the files follow while training goes on.
@@ -72,6 +71,7 @@ class CheckpointStore:
             RuntimeError: if the state about to be written disagrees with the model's weights.
         """
         self.wait()
+        _start_results_process()
         folder = self.directory / f"iter_{state.step:07d}"
         if dist.get_rank() == 0:
             # What a killed run left half written would otherwise mix with the new files.
@@ -119,6 +119,8 @@ class CheckpointStore:
             _write_atomically(folder / "complete.json", json.dumps(record, indent=1))
             _write_atomically(self.directory / "latest_checkpointed_iteration.txt", str(state.step))
             for old in complete_checkpoints(self.directory)[: -self.keep_last]:
+                # The marker first: a removal that is killed half way must not leave a complete one.
+                (old / "complete.json").unlink()
                 shutil.rmtree(old)
 
         return finish
@@ -128,20 +130,28 @@ def _start_results_process() -> None:
     """Start the process that megatron-core collects write results through, deaf to stop signals.
 
     A launcher that stops a job signals all its processes. The ranks then save a last time; without this they
-    would find that process dead and lose the checkpoint. An ignored signal stays ignored across fork and
-    exec.
+    would find that process dead and lose the checkpoint.
     """
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    # A blocked signal stays blocked in what is started now; here it waits and is delivered afterwards.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     try:
         _get_write_results_queue()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted(marker.parent for marker in directory.glob("iter_*/complete.json"))
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint as rank 0 sees it; a collective, the same path on every rank."""
+    # Shared file systems show new files to other nodes late: ranks that each looked could load two steps.
+    found = complete_checkpoints(directory)
+    names = [found[-1].name if found else None]
+    dist.broadcast_object_list(names, src=0)
+    return None if names[0] is None else directory / names[0]
 
 
 def read_record(folder: Path) -> dict[str, Any]:

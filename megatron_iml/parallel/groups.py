@@ -58,10 +58,21 @@ def world_size_from_environment() -> int:
 
 
 def start_distributed(config: Config) -> Layout:
-    """Join the world, build every group and return this rank's place. Uses NCCL on GPUs, gloo on the CPU."""
+    """Join the world, build every group and return this rank's place. Uses NCCL on GPUs, gloo on the CPU.
+
+    Raises:
+        ValueError: if the launcher says how many ranks there are but not which one this is.
+    """
     install_cpu_adapter()
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     world_size = world_size_from_environment()
+    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
+    # Every process would take itself for rank 0 and wait for the others.
+    if world_size > 1 and missing:
+        raise ValueError(
+            f"environment: got WORLD_SIZE {world_size} without {' and '.join(missing)}; allowed: all of "
+            "them or none; start with torchrun or examples/train_slurm.sh, or set what is missing"
+        )
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local_rank)

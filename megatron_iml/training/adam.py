@@ -77,10 +77,14 @@ class Adam(torch.optim.Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Moments and step counts. Everything else stays as the configuration says, also where it differs
+        from the run that saved: a resumed run does what its config.yaml shows."""
         state = {
             index: {name: value for name, value in entry.items() if name != "step"}
             for index, entry in state_dict["state"].items()
         }
-        groups = [{**group, "step": int(group["step"])} for group in state_dict["param_groups"]]
+        groups = [
+            {**ours, "params": saved["params"], "step": int(saved["step"])}
+            for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
+        ]
         super().load_state_dict({"state": state, "param_groups": groups})

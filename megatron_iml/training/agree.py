@@ -14,14 +14,21 @@ import torch.distributed as dist
 Result = TypeVar("Result")
 
 
+class AgreedMistake(ValueError):
+    """A user's mistake that every rank has raised: all may leave together, and one says it."""
+
+
 def on_every_rank(action: Callable[[], Result]) -> Result:
-    """Run `action` on every rank; if it fails anywhere with a user's mistake, raise the same ValueError
-    everywhere."""
+    """Run `action` on every rank; if it fails anywhere with a user's mistake, raise AgreedMistake everywhere.
+
+    `action` must hold no collective: a rank that fails before it would leave the others waiting in it.
+    """
     result, message = None, None
     try:
         result = action()
     except (ValueError, OSError) as error:
-        message = str(error)
+        # An error without words must still count as one.
+        message = str(error) or repr(error)
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     failed = {
@@ -29,7 +36,7 @@ def on_every_rank(action: Callable[[], Result]) -> Result:
     }
     if failed:
         everywhere = len(next(iter(failed.values()))) == len(messages)
-        raise ValueError(
+        raise AgreedMistake(
             "\n".join(text if everywhere else f"rank {ranks[0]}: {text}" for text, ranks in failed.items())
         )
     return result  # type: ignore[return-value]

@@ -92,7 +92,8 @@ def _forward_step(
 
     def report(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert losses is not None, "only the last stage has losses to report"
-        count = torch.tensor(losses.losses_M.numel(), dtype=torch.int, device=total.device)
+        # Filled on the device: a copy from the host would wait for everything that is queued there.
+        count = torch.full((), losses.losses_M.numel(), dtype=torch.int, device=total.device)
         return total, count, losses.losses_M
 
     return (output if losses is None else losses.total), report

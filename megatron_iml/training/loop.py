@@ -4,6 +4,7 @@ What enters: a prepared `Run` (see prepare.py). What leaves: checkpoints and a t
 """
 
 import time
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -22,33 +23,49 @@ from .validation import validation_losses
 
 def train(run: Run) -> bool:
     """Run all steps that are left. Returns False if a signal ended it early, after a checkpoint."""
+    config = run.config
+    reporter = Reporter(
+        run.directory,
+        config.training.steps,
+        run.state.step,
+        config.training.log_interval,
+        run.engine.layout.reports,
+    )
+    # Closed on errors too: the terminal gets its cursor back, TensorBoard its last events.
+    with closing(reporter):
+        for line in run.introduction():
+            reporter.say(line)
+        last_step = _train_steps(run, reporter)
+        run.store.wait()
+    return last_step == config.training.steps
+
+
+def _train_steps(run: Run, reporter: Reporter) -> int:
+    """Step until the last step or a signal; returns the steps taken, the last of them saved."""
     config, engine, layout = run.config, run.engine, run.engine.layout
     steps, num_rows = config.training.steps, rows_per_step(config)
-    reporter = Reporter(run.directory, steps, run.state.step, config.training.log_interval, layout.reports)
     stop = StopRequest()
     state, stopped = run.state, False
-    for line in run.introduction():
-        reporter.say(line)
     while state.step < steps and not stopped:
         began = time.perf_counter()
         rate = learning_rate(state.step, steps, config.optimizer)
-        rows = step_rows(
-            run.train_loader, range(state.rows_consumed, state.rows_consumed + num_rows), config, layout
-        )
+        due_rows = range(state.rows_consumed, state.rows_consumed + num_rows)
+        rows = step_rows(run.train_loader, due_rows, config, layout)
         result = train_step(engine, rows, rate)
         state = RunState(state.step + 1, state.rows_consumed + num_rows, state.plan_fingerprint)
         seconds = time.perf_counter() - began
         reporter.step(step_row(state.step, rate, rows, result, seconds, run))
         stopped = stop.agreed(layout.device)
         is_last = state.step == steps
-        if run.validation_loaders and (is_last or _due(state.step, config.training.validation_interval)):
+        # A signal leaves minutes: they are for the checkpoint, unless this is the last chance to validate.
+        wants_validation = is_last or (_due(state.step, config.training.validation_interval) and not stopped)
+        # Before the save: a checkpoint that is there never lacks its validation in the trace.
+        if run.validation_loaders and wants_validation:
             reporter.validation(state.step, validation_losses(engine, run.validation_loaders))
         if is_last or stopped or _due(state.step, config.checkpoint.save_interval):
             reporter.say(f"  saving {run.store.save(engine, state)}")
         run.store.poll()
-    run.store.wait()
-    reporter.close()
-    return not stopped
+    return state.step
 
 
 def _due(step: int, interval: int) -> bool:

@@ -71,14 +71,12 @@ def wrap_model(chunks: Sequence[OPTModel], config: Config) -> list[DistributedDa
         overlap_param_gather=config.parallel.overlap_param_gather,
         use_distributed_optimizer=True,
     )
-    wrapped = [
-        # Only the first chunk's buckets are small enough to overlap; later ones would delay the pipeline.
+    # Weights are filled later, from the same source on every data rank: there is nothing to broadcast.
+    return [
+        # Interleaving already hides the reduction of later chunks behind the first one's compute.
         DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
-    for chunk in wrapped:
-        chunk.broadcast_params()
-    return wrapped
 
 
 def build_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) -> ChainedOptimizer:

@@ -1,7 +1,7 @@
 """Everything before the first step: data opened and checked, model built and filled, isolation proven.
 
 What enters: a checked `Config` and this rank's place. What leaves: a `Run`. Whatever a user can get wrong is
-found here, on every rank, and said once (`agree.py`).
+found here, on every rank, before the model is built, and said once (`agree.py`).
 """
 
 from collections.abc import Iterator
@@ -11,15 +11,18 @@ from pathlib import Path
 from megatron_iml.checkpoint.store import (
     CheckpointStore,
     RunState,
-    complete_checkpoints,
+    check_same_shape,
     load_run,
+    newest_checkpoint,
+    read_record,
 )
-from megatron_iml.checkpoint.weights import fill_weights
+from megatron_iml.checkpoint.weights import check_weights, fill_weights
 from megatron_iml.config import Config, micro_batches_per_step, parameter_count, rows_per_step, save_config
 from megatron_iml.data.corpus import Corpus
 from megatron_iml.data.loader import Loader
 from megatron_iml.data.plan import Plan
 from megatron_iml.model.initialise import initialise
+from megatron_iml.model.ops import choose_ops
 from megatron_iml.parallel.groups import Layout
 
 from .agree import on_every_rank
@@ -62,12 +65,16 @@ class Run:
 def prepare(config: Config, layout: Layout) -> Run:
     """Open, build, fill and prove."""
     directory = Path(config.training.output_directory)
+    checkpoint = config.checkpoint
     train_loader, validation_loaders = on_every_rank(lambda: _open_data(config))
+    plan = train_loader.plan
+    on_every_rank(lambda: choose_ops(config.model.kernel_backend, layout.device))
+    store = CheckpointStore(directory / "checkpoints", checkpoint.keep_last, checkpoint.asynchronous)
+    newest = newest_checkpoint(store.directory)
+    on_every_rank(lambda: _check_start(config, newest, plan))
+    # From here on ranks wait for one another in collectives, so nothing below is a user's to get wrong.
     engine = build_engine(config, layout)
-    store = CheckpointStore(
-        directory / "checkpoints", config.checkpoint.keep_last, config.checkpoint.asynchronous
-    )
-    state, start = on_every_rank(lambda: _fill(engine, store.directory, train_loader.plan.fingerprint))
+    state, start = _fill(engine, newest, plan.fingerprint)
     if config.training.self_test:
         run_self_test(engine)
     if layout.rank == 0:
@@ -119,24 +126,45 @@ def open_loader(corpus_folder: Path, plan_folder: Path, config: Config) -> Loade
     return Loader(corpus, plan)
 
 
-def _fill(engine: Engine, checkpoints: Path, plan_fingerprint: str) -> tuple[RunState, str]:
+def _check_start(config: Config, newest: Path | None, plan: Plan) -> None:
+    """Refuse weights that do not fit the model, and a checkpoint that this run cannot go on from."""
+    if newest is None:
+        if config.checkpoint.initial_weights is not None:
+            check_weights(Path(config.checkpoint.initial_weights), config.model)
+        return
+    if not config.checkpoint.resume:
+        raise ValueError(
+            f"{newest.parent} holds complete checkpoints, the newest {newest.name}, but checkpoint.resume is "
+            "false: name another training.output_directory, or resume"
+        )
+    record = read_record(newest)
+    check_same_shape(newest, record["config"]["model"], config.model)
+    state, steps = RunState(**record["state"]), config.training.steps
+    if state.plan_fingerprint != plan.fingerprint:
+        raise ValueError(
+            f"checkpoint {newest} was trained on plan {state.plan_fingerprint}, data.train_plan is "
+            f"{plan.fingerprint}: name the same plan, or start afresh in another training.output_directory"
+        )
+    if state.step > steps:
+        raise ValueError(
+            f"training.steps: got {steps}, but checkpoint {newest} has taken {state.step} steps; allowed: "
+            f"{state.step} or more; raise training.steps, or name another training.output_directory"
+        )
+    # A batch that changed since the checkpoint was saved moves the end.
+    needed = state.rows_consumed + (steps - state.step) * rows_per_step(config)
+    if needed > plan.num_rows:
+        raise ValueError(
+            f"data.train_plan {config.data.train_plan} has {plan.num_rows} rows; {state.rows_consumed} are "
+            f"consumed and {steps - state.step} steps of {rows_per_step(config)} rows are left, {needed} in "
+            "all: lower training.steps or training.global_batch_positions"
+        )
+
+
+def _fill(engine: Engine, newest: Path | None, plan_fingerprint: str) -> tuple[RunState, str]:
     """Weights and state: from the newest checkpoint, from initial weights, or random as the config says."""
     config = engine.config
-    complete = complete_checkpoints(checkpoints)
-    if config.checkpoint.resume and complete:
-        state = load_run(complete[-1], engine)
-        if state.plan_fingerprint != plan_fingerprint:
-            raise ValueError(
-                f"checkpoint {complete[-1]} was trained on plan {state.plan_fingerprint}, data.train_plan is "
-                f"{plan_fingerprint}: name the same plan, or start afresh in another "
-                "training.output_directory"
-            )
-        return state, f"from {complete[-1]}"
-    if complete:
-        raise ValueError(
-            f"{checkpoints} holds {len(complete)} complete checkpoints but checkpoint.resume is false: "
-            "name another training.output_directory, or resume"
-        )
+    if newest is not None:
+        return load_run(newest, engine), f"from {newest}"
     if config.checkpoint.initial_weights is None:
         initialise(engine.chunks, config.model, config.training.seed, engine.layout)
         start = "random weights"
@@ -144,5 +172,6 @@ def _fill(engine: Engine, checkpoints: Path, plan_fingerprint: str) -> tuple[Run
         folder = Path(config.checkpoint.initial_weights)
         fill_weights(folder, engine.chunks, config.model, engine.layout)
         start = f"from {folder}"
+    # The fp32 master weights were copied from the model before it was filled.
     engine.optimizer.reload_model_params()
     return RunState(0, 0, plan_fingerprint), start

@@ -5,6 +5,7 @@ is the sum over all targets of the global batch divided once by their number, wh
 a mismatch stops the job.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,14 +40,15 @@ def train_step(engine: Engine, rows: StepRows, learning_rate: float) -> StepResu
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     updated, grad_norm, _ = engine.optimizer.step()
-    if updated and not torch.isfinite(torch.tensor([loss_sum, float(grad_norm)])).all():
+    loss = loss_sum / max(num_targets, 1)
+    # fp16 skips a step that overflows and goes on with a lower scale; an update made of NaN is the end.
+    if updated and not math.isfinite(loss + float(grad_norm)):
         raise FloatingPointError(
-            f"loss {loss_sum / num_targets} with gradient norm {grad_norm}: the run has diverged; go on "
-            "from an earlier "
+            f"loss {loss} with gradient norm {grad_norm}: the run has diverged; go on from an earlier "
             "checkpoint with a lower optimizer.learning_rate"
         )
     return StepResult(
-        loss=loss_sum / max(num_targets, 1),
+        loss=loss,
         num_targets=num_targets,
         grad_norm=float(grad_norm) if grad_norm is not None else float("nan"),
         loss_scale=float(engine.optimizer.get_loss_scale()),
@@ -60,13 +62,15 @@ def sum_over_ranks(engine: Engine, losses: list[Tensor]) -> tuple[float, int]:
     Only one tensor rank of each last stage contributes, so that nothing counts twice.
     """
     layout = engine.layout
+    # fp64: a batch has up to 10^6 targets, and the count must come out exact.
     totals = torch.zeros(2, dtype=torch.float64, device=layout.device)
     if layout.is_last_stage and layout.tensor_rank == 0:
         for losses_M in losses:
             totals[0] += losses_M.double().sum()
             totals[1] += losses_M.numel()
     dist.all_reduce(totals)
-    return float(totals[0]), int(totals[1])
+    loss_sum, num_targets = totals.tolist()
+    return loss_sum, int(num_targets)
 
 
 def check_same_rows(engine: Engine, rows: StepRows) -> None:
@@ -76,15 +80,14 @@ def check_same_rows(engine: Engine, rows: StepRows) -> None:
     digest = torch.tensor([rows.digest()], dtype=torch.int64, device=engine.layout.device)
     digests = [torch.empty_like(digest) for _ in range(group.size())]
     dist.all_gather(digests, digest, group=group)
-    values = [int(value) for value in digests]
+    values = torch.cat(digests).tolist()
     if len(set(values)) > 1:
         common = max(set(values), key=values.count)
         ranks = dist.get_process_group_ranks(group)
         odd = [rank for rank, value in zip(ranks, values, strict=True) if value != common]
         raise RuntimeError(
             f"ranks {odd} read other rows of the plan than the rest of ranks {ranks}: check that "
-            "data.train_plan is "
-            "the same folder on every node"
+            "the plan's folder is the same on every node"
         )
 
 
@@ -93,6 +96,6 @@ def check_targets(num_targets: int, rows: StepRows) -> None:
     if num_targets != rows.num_targets:
         raise RuntimeError(
             f"the model saw {num_targets} targets in this step but the plan holds {rows.num_targets}: "
-            "plan and corpus "
-            "do not belong together, or a rank ran other rows; build the plan again for this corpus"
+            "plan and corpus do not belong together, or a rank ran other rows; build the plan again for "
+            "this corpus"
         )

@@ -11,7 +11,7 @@ from megatron_iml.data.loader import Loader
 
 from .engine import Engine
 from .rows import step_rows
-from .step import sum_over_ranks
+from .step import check_same_rows, check_targets, sum_over_ranks
 
 
 def validation_losses(engine: Engine, loaders: Mapping[str, Loader]) -> dict[str, float]:
@@ -19,7 +19,9 @@ def validation_losses(engine: Engine, loaders: Mapping[str, Loader]) -> dict[str
     losses = {}
     for level, loader in loaders.items():
         rows = step_rows(loader, range(loader.plan.num_rows), engine.config, engine.layout)
+        check_same_rows(engine, rows)
         per_row = engine.run(rows.micro_batches(engine.layout), len(rows.rows), forward_only=True)
         loss_sum, num_targets = sum_over_ranks(engine, per_row)
+        check_targets(num_targets, rows)
         losses[level] = loss_sum / max(num_targets, 1)
     return losses

@@ -94,12 +94,26 @@ def test_state_goes_out_and_comes_back() -> None:
     other = Adam(groups(copies), BETAS, EPS)
     # torch's state_dict shares its tensors with the optimizer.
     other.load_state_dict(copy.deepcopy(state))
+    # The rate is the schedule's, set before every step.
+    for group, resumed_group in zip(adam.param_groups, other.param_groups, strict=True):
+        resumed_group["lr"] = group["lr"]
     for step in range(3, 6):
         take_step(adam, params, step)
         take_step(other, copies, step)
     for param, resumed in zip(params, copies, strict=True):
         assert torch.equal(param, resumed)
     assert all("step" not in entry for entry in other.state.values())
+
+
+def test_a_resumed_run_follows_its_own_configuration() -> None:
+    params = parameters()
+    adam = Adam(groups(params), BETAS, EPS)
+    take_step(adam, params, 0)
+    other = Adam([{**group, "weight_decay": 0.3} for group in groups(parameters())], (0.8, 0.9), 1e-8)
+    other.load_state_dict(copy.deepcopy(adam.state_dict()))
+    for group in other.param_groups:
+        assert (group["weight_decay"], group["betas"], group["eps"]) == (0.3, (0.8, 0.9), 1e-8)
+        assert group["step"] == 1
 
 
 def test_state_exists_before_the_first_step() -> None:

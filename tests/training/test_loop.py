@@ -1,0 +1,75 @@
+"""When the loop ends, what it calls before, and what the ending is called. Steps and saves are stand-ins."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import tiny_config
+
+from megatron_iml.checkpoint.store import RunState
+from megatron_iml.training import loop
+
+STEPS = 4
+
+
+def run_until(
+    signal_at: int, directory: Path, monkeypatch: pytest.MonkeyPatch, first: int = 0
+) -> tuple[bool, list[str]]:
+    """Train 4 steps, validating every step, with a signal during one; returns (finished, what was done)."""
+    done: list[str] = []
+    note: Callable[[str], None] = done.append
+
+    class Stop:
+        steps = first
+
+        def agreed(self, device: torch.device) -> bool:
+            Stop.steps += 1
+            return Stop.steps == signal_at
+
+    monkeypatch.setattr(loop, "StopRequest", Stop)
+    monkeypatch.setattr(loop, "step_rows", lambda *unused: None)
+    monkeypatch.setattr(loop, "train_step", lambda *unused: None)
+    monkeypatch.setattr(loop, "step_row", lambda step, *unused: {"step": step})
+    monkeypatch.setattr(loop, "validation_losses", lambda *unused: note("validate") or {})
+    config = tiny_config()
+    store = SimpleNamespace(
+        save=lambda engine, state: note(f"save {state.step}"), poll=lambda: None, wait=lambda: note("wait")
+    )
+    run = SimpleNamespace(
+        config=dataclasses.replace(
+            config,
+            training=dataclasses.replace(config.training, steps=STEPS, validation_interval=1),
+            data=dataclasses.replace(config.data, row_length=64),
+        ),
+        engine=SimpleNamespace(layout=SimpleNamespace(device=torch.device("cpu"), reports=False)),
+        directory=directory,
+        state=RunState(first, 2 * first, "abc"),
+        validation_loaders={"level": None},
+        train_loader=None,
+        store=store,
+        introduction=lambda: [],
+    )
+    return loop.train(run), done
+
+
+def test_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished, done = run_until(0, tmp_path, monkeypatch)
+    assert finished and done == ["validate"] * 4 + ["save 4", "wait"]
+
+
+def test_a_signal_saves_and_leaves_no_time_to_validation(tmp_path, monkeypatch) -> None:
+    finished, done = run_until(2, tmp_path, monkeypatch)
+    assert not finished and done == ["validate", "save 2", "wait"]
+
+
+def test_a_signal_in_the_last_step_is_no_early_end(tmp_path, monkeypatch) -> None:
+    finished, done = run_until(4, tmp_path, monkeypatch)
+    assert finished and done[-3:] == ["validate", "save 4", "wait"]
+
+
+def test_a_finished_run_has_nothing_to_do(tmp_path, monkeypatch) -> None:
+    finished, done = run_until(0, tmp_path, monkeypatch, first=STEPS)
+    assert finished and done == ["wait"]

@@ -1,0 +1,69 @@
+"""A checkpoint that a run cannot go on from is refused before the model is built."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from helpers import tiny_config
+
+from megatron_iml.config import Config
+from megatron_iml.training.prepare import _check_start
+
+# 2 rows a step, 4 steps: 8 rows, of which the checkpoint has seen 6.
+STATE = {"step": 3, "rows_consumed": 6, "plan_fingerprint": "abc"}
+
+
+def config_of(**changes: object) -> Config:
+    """The tiny config with 2 rows a step; keywords replace fields of whichever section has them."""
+    config = dataclasses.replace(tiny_config(), data=dataclasses.replace(tiny_config().data, row_length=64))
+    for name, value in changes.items():
+        section = "checkpoint" if name == "resume" else "training"
+        part = dataclasses.replace(getattr(config, section), **{name: value})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+@pytest.fixture
+def newest(tmp_path: Path) -> Path:
+    folder = tmp_path / "iter_0000003"
+    folder.mkdir()
+    record = {"format_version": 1, "state": STATE, "config": dataclasses.asdict(tiny_config())}
+    (folder / "complete.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "plan", "said"),
+    [
+        ({"resume": False}, {}, "checkpoint.resume is false"),
+        ({}, {"fingerprint": "xyz"}, "was trained on plan abc, data.train_plan is xyz"),
+        ({"steps": 2}, {}, "training.steps: got 2, but checkpoint .* has taken 3 steps; allowed: 3 or more"),
+        (
+            {"global_batch_positions": 256},
+            {},
+            "has 8 rows; 6 are consumed and 1 steps of 4 rows are left",
+        ),
+    ],
+)
+def test_refused(newest: Path, changes: dict, plan: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        _check_start(
+            config_of(**changes), newest, SimpleNamespace(**{"fingerprint": "abc", "num_rows": 8} | plan)
+        )
+
+
+@pytest.mark.parametrize("changes", [{}, {"steps": 3}])
+def test_accepted(newest: Path, changes: dict) -> None:
+    """Before the last step, and again after a finished run."""
+    _check_start(config_of(**changes), newest, SimpleNamespace(fingerprint="abc", num_rows=8))
+
+
+def test_no_such_weights(tmp_path: Path) -> None:
+    config = tiny_config()
+    config = dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, initial_weights=str(tmp_path / "no"))
+    )
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        _check_start(config, None, SimpleNamespace(fingerprint="abc", num_rows=8))
