@@ -78,7 +78,7 @@ class Pool:
         self.workers: list[Worker] = []
 
     def run(
-        self, function: Callable[..., Any], ranks: int, *arguments: Any, timeout_seconds: float = 120.0
+        self, function: Callable[..., Any], ranks: int, *arguments: Any, timeout_seconds: float = 300.0
     ) -> list[Any]:
         """Run `function(*arguments)` on so many ranks of one world and return every rank's result.
 

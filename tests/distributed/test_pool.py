@@ -44,6 +44,6 @@ def test_a_rank_that_fails_hands_back_its_traceback(pool: Pool) -> None:
 def test_a_hang_ends_and_names_the_ranks(pool: Pool) -> None:
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"hang_on_rank_zero on 2 ranks: ranks \[0\] did not answer"):
-        pool.run(hang_on_rank_zero, 2, timeout_seconds=5.0)
-    assert time.monotonic() - began < 30
+        pool.run(hang_on_rank_zero, 2, timeout_seconds=15.0)
+    assert time.monotonic() - began < 60
     assert pool.run(sum_of_ranks, 1, 5)[0][:2] == (0, 5)
