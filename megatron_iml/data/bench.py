@@ -22,11 +22,12 @@ from typing import Any, NotRequired, TypedDict
 import orjson
 
 from megatron_iml.data.example import METRICS, Metric
+from megatron_iml.data.manifest import MANIFEST, read_manifest
 from megatron_iml.data.splits import LEVELS, SPLITS, Level, Split
 from megatron_iml.data.text_files import json_lines, json_object
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST_KEYS = frozenset({"format_version", "seed", "files"})
 LEDGER = "ledger.json"
 # Most file systems allow 255 bytes; the suffix and our own temporary names take some.
 LONGEST_STEM_BYTES = 230
@@ -73,6 +74,7 @@ def file_stem(benchmark: str, category: str, task: str) -> str:
     """
     # "__" separates the parts, so benchmark and category may neither hold it nor end in its half.
     safe = [re.sub("_+", "_", UNSAFE.sub("_", part)).strip("_") for part in (benchmark, category)]
+    # A task may hold "__" and often does: readers split twice at most.
     safe.append(UNSAFE.sub("_", task))
     stem = "__".join(safe)
     if not all(part.strip("_") for part in safe):
@@ -104,15 +106,8 @@ class Bench:
             FileNotFoundError: no manifest.
             ValueError: the manifest is not one of this version.
         """
+        manifest = read_manifest(folder, "bench", FORMAT_VERSION, MANIFEST_KEYS, "build_bench.py")
         path = folder / MANIFEST
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no bench in {folder}: {MANIFEST} is missing; build one with build_bench.py"
-            )
-        manifest = json_object(path)
-        if manifest.get("format_version") != FORMAT_VERSION:
-            version = manifest.get("format_version")
-            raise ValueError(f"{path}: format_version is {version}, expected {FORMAT_VERSION}; build it anew")
         entries = tuple(_entry(path, index, entry) for index, entry in enumerate(manifest["files"]))
         # Of the bytes, not of the content: a manifest edited by hand is another bench.
         fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -178,6 +173,7 @@ def verify_bench(folder: Path) -> Bench:
 
 
 def _entry(path: Path, index: int, entry: dict[str, Any]) -> BenchFile:
+    # Exactly these: a missing or unknown key is a bench of another version.
     expected = {field.name for field in fields(BenchFile)}
     if set(entry) != expected:
         raise ValueError(
@@ -188,6 +184,7 @@ def _entry(path: Path, index: int, entry: dict[str, Any]) -> BenchFile:
             raise ValueError(
                 f"{path}: file {index} has {key} {entry[key]!r}; choose from {', '.join(allowed)}"
             )
+    # The promise of the whole bench, so it is checked where every reader passes.
     if entry["split"] == "train" and entry["level"] != "fully_supervised":
         raise ValueError(
             f"{path}: file {index} trains on the {entry['level']} task {entry['task']!r}; build it anew"

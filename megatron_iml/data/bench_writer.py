@@ -26,7 +26,6 @@ import orjson
 from megatron_iml.data.bench import (
     FORMAT_VERSION,
     LEDGER,
-    MANIFEST,
     Bench,
     BenchFile,
     file_stem,
@@ -34,6 +33,7 @@ from megatron_iml.data.bench import (
 )
 from megatron_iml.data.example import Example, Metric, Task
 from megatron_iml.data.ledger import Drops, TaskCounts
+from megatron_iml.data.manifest import MANIFEST
 from megatron_iml.data.prompts import clean_target, with_delimiter
 from megatron_iml.data.splits import (
     DROP_REASONS,
@@ -84,6 +84,7 @@ def build_bench(
         entries: list[BenchFile] = []
         for task, stem in zip(tasks, stems, strict=True):
             counts = drops.task(task.benchmark, task.name)
+            # One task at a time: the disk holds one task twice, never the whole bench.
             entries += _write_task(task, stem, splits, counts, staging)
             counts.check_closes(stem)
             on_task(task)
@@ -95,6 +96,7 @@ def build_bench(
         (staging / LEDGER).write_bytes(orjson.dumps(ledger, option=orjson.OPT_INDENT_2) + b"\n")
         (staging / MANIFEST).write_bytes(manifest_bytes(splits.seed, asdict(splits), entries))
         _put_in_place(staging, output)
+    # Through the reader, which checks what was just written.
     return Bench.open(output)
 
 
@@ -126,6 +128,7 @@ def render_row(example: Example, metric: Metric, seed: int, counts: TaskCounts) 
 
 def _distinct(texts: Sequence[str], counts: TaskCounts, kind: str) -> list[str]:
     """Cleaned texts without blank and repeated ones, in their order."""
+    # dict and not set: the first reference is the one trained on, so the order counts.
     distinct = list(dict.fromkeys(text for text in map(clean_target, texts) if text))
     if 0 < len(distinct) < len(texts):
         counts.repaired[f"blank or repeated {kind} removed"] += len(texts) - len(distinct)
@@ -134,6 +137,7 @@ def _distinct(texts: Sequence[str], counts: TaskCounts, kind: str) -> list[str]:
 
 def _write_task(task: Task, stem: str, splits: Splits, counts: TaskCounts, staging: Path) -> list[BenchFile]:
     spool = staging / "spool.jsonl"
+    # 8 bytes a hash; Python integers in a list would take 40.
     instances, sources = array("Q"), array("Q")
     with spool.open("wb") as file:
         for example in task.examples():
@@ -149,6 +153,7 @@ def _write_task(task: Task, stem: str, splits: Splits, counts: TaskCounts, stagi
         if dropped := int(np.count_nonzero(split_N == code)):
             counts.drop(reason, dropped)
     written = _deal(spool, split_N, staging, stem)
+    # The next task writes its own; a bench folder holds nothing but the bench.
     spool.unlink()
     entries = []
     for split, (examples, sha256) in zip(SPLITS, written, strict=True):
@@ -173,6 +178,7 @@ def _deal(spool: Path, split_N: np.ndarray, staging: Path, stem: str) -> list[tu
                 digests[split].update(line)
     examples = [int(np.count_nonzero(split_N == index)) for index in range(len(SPLITS))]
     for path, count in zip(paths, examples, strict=True):
+        # A file without rows would be a task without examples to everyone who reads the folder.
         if not count:
             path.unlink()
     return [(count, digest.hexdigest()) for count, digest in zip(examples, digests, strict=True)]

@@ -20,9 +20,10 @@ import orjson
 from numpy.typing import NDArray
 
 from megatron_iml.data.corpus_format import Shard, UInt16
+from megatron_iml.data.manifest import MANIFEST, read_manifest
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST_KEYS = frozenset({"format_version", "fingerprint", "origin", "tokenizer", "shards", "tasks"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,26 +76,21 @@ class Corpus:
 
         Raises FileNotFoundError for what is absent, ValueError for what was cut short or changed.
         """
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; build it with tools/preprocess/build_corpus.py")
-        manifest = orjson.loads(path.read_bytes())
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format version {manifest.get('format_version')}, expected {FORMAT_VERSION}; "
-                "rebuild it with tools/preprocess/build_corpus.py"
-            )
+        manifest = read_manifest(folder, "corpus", FORMAT_VERSION, MANIFEST_KEYS, "build_corpus.py")
+        # The fingerprint cannot cover itself.
         content = {key: value for key, value in manifest.items() if key != "fingerprint"}
         if canonical_digest(content) != manifest["fingerprint"]:
             raise ValueError(
-                f"{path} was changed after it was written: its fingerprint differs; rebuild the corpus"
+                f"{folder / MANIFEST} was changed after it was written: its fingerprint differs; remove "
+                f"{folder} and build it anew with tools/preprocess/build_corpus.py"
             )
         shards = [Shard(folder / shard["name"]) for shard in manifest["shards"]]
         for shard, record in zip(shards, manifest["shards"], strict=True):
             if (shard.num_documents, len(shard.sizes_S)) != (record["documents"], record["sequences"]):
                 raise ValueError(
                     f"{folder / record['name']}.idx holds {shard.num_documents} documents, the manifest says "
-                    f"{record['documents']}; rebuild the corpus with tools/preprocess/build_corpus.py"
+                    f"{record['documents']}; remove {folder} and build it anew with "
+                    "tools/preprocess/build_corpus.py"
                 )
         return cls(folder, manifest, shards)
 
@@ -152,5 +148,6 @@ class Corpus:
 
 
 def _source_lengths(shard: Shard) -> NDArray[np.int32]:
+    # One sequence alone is a target: pretraining text has no source.
     has_source = np.diff(shard.boundaries_D) > 1
     return np.where(has_source, shard.sizes_S[shard.boundaries_D[:-1]], 0).astype(np.int32)

@@ -28,13 +28,16 @@ import orjson
 from numpy.typing import NDArray
 
 from megatron_iml.data.bench import Bench, BenchFile
-from megatron_iml.data.corpus import FORMAT_VERSION, MANIFEST, CorpusTask, canonical_digest
+from megatron_iml.data.corpus import FORMAT_VERSION, Corpus, CorpusTask, canonical_digest
 from megatron_iml.data.corpus_format import ShardWriter, UInt16
 from megatron_iml.data.encoding import encode_documents
+from megatron_iml.data.manifest import MANIFEST
 from megatron_iml.data.splits import Split
 from megatron_iml.data.tokenizer import Backend, Tokenizer
 
+# Large enough to hide the cost of sending a chunk, small enough to share a small task out.
 CHUNK_BYTES = 2 << 20
+# What a killed build loses at most; more and smaller files would slow network file systems.
 SHARD_EXAMPLES = 1 << 20
 # Rows of every file on which the fast encoder is compared with `tokenizers`, and their number in all.
 VERIFY_ROWS_PER_FILE = 8
@@ -141,6 +144,7 @@ def _encode_in_order(
     waiting: deque[tuple[BenchFile, Future[_Encoded]]] = deque()
     for entry, chunk in chunks:
         waiting.append((entry, pool.submit(_encode_chunk, chunk, config.tokenizer, config.backend)))
+        # Bounded, or a fast reader would hold the whole bench in memory.
         if len(waiting) > 2 * config.workers:
             first, future = waiting.popleft()
             yield first, future.result()
@@ -151,6 +155,7 @@ def _encode_in_order(
 def group_into_shards(entries: list[BenchFile], shard_examples: int) -> list[list[BenchFile]]:
     """Group whole tasks, in their order, until a shard has `shard_examples` or more."""
     shards: list[list[BenchFile]] = []
+    # Full before the first task, so that it opens the first shard.
     held = shard_examples
     for entry in entries:
         if held >= shard_examples:
@@ -216,6 +221,7 @@ def _number_tasks(entries: list[BenchFile], records: list[dict[str, Any]]) -> li
 
 def _verify_tokenizer(bench: Bench, entries: list[BenchFile], tokenizer: Tokenizer) -> int:
     """Compare the fast encoder with `tokenizers` on rows of every task, spread over all of them."""
+    # Every n-th task, so that the sample of 1,600 tasks is no larger than one of 250.
     stride = max(1, len(entries) * VERIFY_ROWS_PER_FILE // VERIFY_ROWS)
     texts = []
     for entry in entries[::stride]:
@@ -226,6 +232,7 @@ def _verify_tokenizer(bench: Bench, entries: list[BenchFile], tokenizer: Tokeniz
 
 def _write_json(path: Path, value: object) -> None:
     """Write a file that is either whole or absent."""
+    # Renamed at the end: what is read back after a kill is never half a file.
     partial = path.with_suffix(".partial")
     partial.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2))
     partial.replace(path)
@@ -247,6 +254,7 @@ def build_corpus(
     tokenizer = Tokenizer.load(config.tokenizer, config.backend)
     folder = config.output / config.split
     folder.mkdir(parents=True, exist_ok=True)
+    # Not the backend and the workers: they change no byte.
     origin = {
         "bench_fingerprint": bench.fingerprint,
         "split": config.split,
@@ -277,6 +285,7 @@ def build_corpus(
             records.append(record)
     finally:
         if pool is not None:
+            # After an error too: workers would go on with chunks that nobody waits for.
             pool.shutdown(cancel_futures=True)
     return _write_manifest(folder, origin, tokenizer, _number_tasks(entries, records), records)
 
@@ -321,10 +330,10 @@ def _finished_record(stem: Path, origin: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def _finished_manifest(folder: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
-    path = folder / MANIFEST
-    if not path.is_file():
+    if not (folder / MANIFEST).is_file():
         return None
-    manifest = orjson.loads(path.read_bytes())
+    # Opened whole: a shard that went missing since must not pass for finished.
+    manifest = Corpus.open(folder).manifest
     if manifest["origin"] != origin:
         raise ValueError(
             f"{folder} holds a corpus built from {manifest['origin']}, now asked for {origin}; "

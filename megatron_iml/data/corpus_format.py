@@ -60,6 +60,7 @@ class _HashingFile:
 
     def close(self) -> str:
         self._file.flush()
+        # Renaming comes next: a crash must not leave a full name on empty blocks.
         os.fsync(self._file.fileno())
         self._file.close()
         return self._digest.hexdigest()
@@ -89,6 +90,7 @@ class ShardWriter:
         assert ids_T.dtype == np.uint16, f"tokens are {ids_T.dtype}, the format holds uint16"
         assert len(ids_T) == sizes_S.sum(), f"{len(ids_T)} tokens, sizes say {sizes_S.sum()}"
         assert len(sizes_S) == counts_D.sum(), f"{len(sizes_S)} sequences, documents say {counts_D.sum()}"
+        # An id beyond the vocabulary reads past the embedding, on a GPU an error without a place.
         if len(ids_T) and int(ids_T.max()) >= self._vocab_size:
             raise ValueError(
                 f"id {int(ids_T.max())} is outside the vocabulary of {self._vocab_size}; the text was "
@@ -124,6 +126,7 @@ class ShardWriter:
             index.write((pointers * TOKEN_BYTES).tobytes())
         for boundaries in _running_starts(self._counts_path):
             index.write(boundaries.tobytes())
+        # The last boundary is the end, one more than there are documents.
         index.write(struct.pack("<q", self._sequences))
         return index.close()
 
@@ -151,7 +154,7 @@ class Shard:
         bin_path, idx_path = stem.with_suffix(".bin"), stem.with_suffix(".idx")
         for path in (bin_path, idx_path):
             if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing; run tools/preprocess/build_corpus.py again")
+                raise FileNotFoundError(f"{path} is missing; {_rebuild(path)}")
         sequences, boundaries = _read_header(idx_path)
         at = HEADER.size
         self.sizes_S = _mapped(idx_path, np.int32, at, sequences)
@@ -160,6 +163,7 @@ class Shard:
         at += sequences * 8
         self.boundaries_D = _mapped(idx_path, np.int64, at, boundaries)
         self.num_documents = boundaries - 1
+        # The end of the last sequence is all that the file may hold: a cut copy is found at opening.
         _check_size(bin_path, int(self.pointers_S[-1]) + int(self.sizes_S[-1]) * TOKEN_BYTES)
         self._tokens_T = _mapped(bin_path, np.uint16, 0, bin_path.stat().st_size // TOKEN_BYTES)
 
@@ -186,12 +190,16 @@ def _read_header(idx_path: Path) -> tuple[int, int]:
     with idx_path.open("rb") as file:
         head = file.read(HEADER.size)
     if len(head) < HEADER.size or not head.startswith(MAGIC):
-        raise ValueError(f"{idx_path} is no Megatron index (it starts with {head[:9]!r}, expected {MAGIC!r})")
+        raise ValueError(
+            f"{idx_path} is no Megatron index: it starts with {head[:9]!r}, expected {MAGIC!r}; "
+            f"{_rebuild(idx_path)}"
+        )
     _, version, code, sequences, boundaries = HEADER.unpack(head)
+    # 32-bit ids of other vocabularies are valid Megatron files, but not ours.
     if (version, code) != (VERSION, DTYPE_CODE_UINT16):
         raise ValueError(
             f"{idx_path} has version {version} and dtype code {code}, expected {VERSION} and "
-            f"{DTYPE_CODE_UINT16} (uint16); build it with tools/preprocess/build_corpus.py"
+            f"{DTYPE_CODE_UINT16} (uint16); {_rebuild(idx_path)}"
         )
     _check_size(idx_path, HEADER.size + 12 * sequences + 8 * boundaries)
     return sequences, boundaries
@@ -203,5 +211,10 @@ def _check_size(path: Path, expected: int) -> None:
         what = "cut short" if actual < expected else "too long"
         raise ValueError(
             f"{path} is {what}: it has {actual} bytes, its index says {expected}; copy it again or "
-            "rebuild it with tools/preprocess/build_corpus.py"
+            f"{_rebuild(path)}"
         )
+
+
+def _rebuild(path: Path) -> str:
+    # A finished corpus is not built a second time while its manifest stands.
+    return f"remove {path.parent} and build it anew with tools/preprocess/build_corpus.py"

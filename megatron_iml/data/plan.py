@@ -25,9 +25,12 @@ import orjson
 from numpy.typing import NDArray
 
 from megatron_iml.data.corpus import canonical_digest
+from megatron_iml.data.manifest import MANIFEST, read_manifest
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST_KEYS = frozenset(
+    {"format_version", "fingerprint", "origin", "num_rows", "num_entries", "bytes", "ledger"}
+)
 ENTRY = np.dtype(
     [
         ("document", "<u4"),
@@ -71,17 +74,12 @@ class Plan:
     @classmethod
     def open(cls, folder: Path) -> "Plan":
         """Map a plan. Raises FileNotFoundError for what is absent, ValueError for what was cut or changed."""
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; build the plan with tools/preprocess/build_plan.py")
-        manifest = orjson.loads(path.read_bytes())
-        if manifest.get("format_version") != FORMAT_VERSION:
+        manifest = read_manifest(folder, "plan", FORMAT_VERSION, MANIFEST_KEYS, "build_plan.py")
+        if plan_fingerprint(manifest["origin"]) != manifest["fingerprint"]:
             raise ValueError(
-                f"{path} has format version {manifest.get('format_version')}, expected {FORMAT_VERSION}; "
+                f"{folder / MANIFEST} was changed after it was written: its fingerprint differs; "
                 "rebuild it with tools/preprocess/build_plan.py"
             )
-        if plan_fingerprint(manifest["origin"]) != manifest["fingerprint"]:
-            raise ValueError(f"{path} was changed after it was written: its fingerprint differs; rebuild it")
         arrays = PlanArrays(**{name: _map(folder, name, manifest["bytes"][name]) for name in ARRAYS})
         rows = manifest["num_rows"]
         assert len(arrays.row_starts) == rows + 1, f"{len(arrays.row_starts)} row starts for {rows} rows"
@@ -110,6 +108,7 @@ def _map(folder: Path, name: str, expected_bytes: int) -> NDArray:
             f"{path} has {actual} bytes, expected {expected_bytes}; copy it again or rebuild it with "
             "tools/preprocess/build_plan.py"
         )
+    # Mapped: the ranks of a node share one copy of the pages.
     array = np.load(path, mmap_mode="r")
     assert array.dtype == ARRAYS[name], f"{path} holds {array.dtype}, expected {ARRAYS[name]}"
     return np.asarray(array)
@@ -127,12 +126,14 @@ def write_plan(
     if folder.exists() and any(folder.iterdir()) and not manifest_path.is_file():
         raise ValueError(f"{folder} exists and holds no plan; choose another output folder or remove it")
     if manifest_path.is_file():
-        found = orjson.loads(manifest_path.read_bytes())["fingerprint"]
+        # Never over a bench or a corpus, whose manifests bear the same name.
+        found = read_manifest(folder, "plan", FORMAT_VERSION, MANIFEST_KEYS, "build_plan.py")["fingerprint"]
         if found != fingerprint:
             raise ValueError(
                 f"{folder} holds plan {found}, this one is {fingerprint}: made from another corpus, "
                 "mixture, row length, number of rows or seed; remove it or choose another output folder"
             )
+    # Beside its place, since a rename works on one file system only.
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -154,6 +155,7 @@ def write_plan(
         "ledger": ledger,
     }
     (partial / MANIFEST).write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+    # A folder cannot be renamed over a full one; the new plan is whole before the old one goes.
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return manifest

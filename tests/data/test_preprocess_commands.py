@@ -99,7 +99,7 @@ def test_from_bench_to_a_row_on_the_screen(bench: Path) -> None:
         (
             "build_plan",
             ("--corpus", "nowhere", "--rows", "3", "--output", "p"),
-            "nowhere/manifest.json is missing",
+            "no corpus in nowhere: manifest.json is missing",
         ),
         (
             "build_plan",
@@ -109,7 +109,7 @@ def test_from_bench_to_a_row_on_the_screen(bench: Path) -> None:
         (
             "inspect_corpus",
             ("--corpus", "nowhere", "--tokenizer-model", "t", "--document", "0"),
-            "nowhere/manifest.json is missing",
+            "no corpus in nowhere: manifest.json is missing",
         ),
     ],
 )
