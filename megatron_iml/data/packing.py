@@ -53,6 +53,19 @@ class PackingConfig:
     """Only tasks of this generalisation level."""
     max_positions: int = 2048
 
+    def __post_init__(self) -> None:
+        if min(self.rows or 1, self.row_length, self.max_positions) < 1 or self.rows == 0:
+            raise ValueError(
+                f"rows {self.rows}, row_length {self.row_length}, max_positions {self.max_positions}: "
+                "each must be at least 1"
+            )
+        # A plan stores lengths in 16 bits, and numpy would wrap a longer one without a word.
+        if self.limit > np.iinfo(ENTRY["length"]).max:
+            raise ValueError(
+                f"row_length {self.row_length} and max_positions {self.max_positions} let documents have "
+                f"{self.limit} tokens; a plan holds at most 65535: lower max_positions"
+            )
+
     @property
     def limit(self) -> int:
         """Tokens of the longest document that is kept whole."""
@@ -83,6 +96,7 @@ def best_fit(slots_W: Int64, row_length: int) -> tuple[Int64, int]:
     rows = 0
     row_of = [0] * len(slots_W)
     slots = slots_W.tolist()
+    # Longest first: what is left over at the end is small and fits anywhere.
     for document in np.argsort(-slots_W, kind="stable").tolist():
         need = slots[document]
         fitting = spaces >> need
@@ -129,6 +143,7 @@ def pack_stream(slots_N: Int64, config: PackingConfig) -> Int64:
         if config.rows is not None and rows + used > config.rows:
             used = config.rows - rows
             row_W = _fit_exactly(window, config.row_length, used)
+        # Unshuffled, the long documents of a window would all come in its first steps.
         shuffled = permutation(used, config.seed, "rows", number)
         assigned.append(rows + shuffled[row_W])
         rows += used
@@ -171,6 +186,7 @@ def _draw_enough(corpus: Corpus, tasks: Sequence[CorpusTask], config: PackingCon
         slots = int((lengths.length_N - 1)[lengths.kept_N].sum())
         if slots >= needed:
             return stream
+        # Expected values may fall short where documents vary widely; the same seed repeats the same tries.
         draws = int(draws * 1.1) + 16
 
 
@@ -185,11 +201,6 @@ def select_tasks(corpus: Corpus, level: str | None) -> list[CorpusTask]:
 
 def build_plan(corpus: Corpus, config: PackingConfig) -> tuple[PlanArrays, dict[str, dict[str, Any]]]:
     """Return the plan's arrays and its ledger: per task, drawn = packed (some truncated) + dropped."""
-    if config.rows is not None and config.rows < 1 or config.row_length < 1 or config.max_positions < 1:
-        raise ValueError(
-            f"rows {config.rows}, row_length {config.row_length}, max_positions {config.max_positions}: "
-            "each must be at least 1"
-        )
     tasks = select_tasks(corpus, config.level)
     draws = _draw_enough(corpus, tasks, config)
     kept = np.flatnonzero(draws.lengths.kept_N)
@@ -212,11 +223,13 @@ def _arrange(draws: Draws, packed: Int64, row_P: Int64) -> PlanArrays:
     entries["cut"] = lengths.cut_N[chosen]
     entries["reference"] = draws.reference_N[chosen]
     entries["length"] = lengths.length_N[chosen]
+    # 0 would hang every document on the first of its row.
     entries["trunk"] = -1
     num_rows = int(row_P[-1]) + 1
     counts_R = np.bincount(row_P, minlength=num_rows)
     assert counts_R.min() > 0, f"{(counts_R == 0).sum()} rows of {num_rows} are empty"
     row_starts = np.concatenate(([0], np.cumsum(counts_R)))
+    # The last token takes no slot; slot i sees i + 1 columns.
     slots = lengths.length_N[chosen] - 1
     return PlanArrays(
         entries,

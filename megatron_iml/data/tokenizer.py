@@ -20,6 +20,8 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers.pre_tokenizers import ByteLevel
 
+from megatron_iml.data.text_files import json_object
+
 Backend = Literal["gigatoken", "tokenizers"]
 Ids = NDArray[np.int32]
 
@@ -62,6 +64,7 @@ def _check_vocabulary(vocab: Path, reference: tokenizers.ByteLevelBPETokenizer) 
             f"{vocab}: special tokens {SPECIAL_TOKENS} have ids {found}, OPT's models need {expected}; "
             "use OPT's vocabulary or train one with tools/preprocess/train_tokenizer.py"
         )
+    # Without all bytes an emoji or a tab would vanish from the text without a word.
     missing = [byte for byte in ByteLevel.alphabet() if reference.token_to_id(byte) is None]
     if missing:
         raise ValueError(
@@ -90,7 +93,10 @@ class Tokenizer:
         Raises FileNotFoundError when they are missing, ValueError for special tokens at other ids than OPT's.
         """
         vocab, merges = _find_files(folder)
+        # Of both files: equal vocabularies with other merges give other ids.
         digest = hashlib.sha256(vocab.read_bytes() + merges.read_bytes()).hexdigest()
+        # Parsed here first: tokenizers says of a broken file no more than a bare Exception.
+        json_object(vocab)
         reference = tokenizers.ByteLevelBPETokenizer.from_file(
             str(vocab), str(merges), add_prefix_space=False
         )
@@ -129,6 +135,7 @@ class Tokenizer:
 
         Raises ValueError with the first text on which they differ.
         """
+        # The nasty ones always: a bench may hold none of them in the rows sampled.
         sample = [*NASTY_TEXTS, *texts]
         ids_T, offsets = self.encode_flat(sample)
         expected_T, expected_offsets = self._encode_flat_reference(sample)
@@ -150,6 +157,7 @@ class Tokenizer:
 
         Raises ValueError for an id outside the vocabulary (the embedding has more rows than entries).
         """
+        # By id and not by text: "</s>" written out by a model is three ordinary tokens.
         kept = [int(i) for i in ids if int(i) >= len(SPECIAL_TOKENS)]
         beyond = [i for i in kept if i >= self.vocab_size]
         if beyond:

@@ -176,6 +176,8 @@ def test_impossible_plans(tmp_path: Path) -> None:
     for rows in (3, None):
         with pytest.raises(ValueError, match="fits 9 tokens; raise row_length"):
             build_plan(corpus, PackingConfig(Mixture(), row_length=8, rows=rows, seed=1))
+    with pytest.raises(ValueError, match="have 65536 tokens; a plan holds at most 65535"):
+        PackingConfig(Mixture(), row_length=65535, rows=3, seed=1, max_positions=1 << 17)
     with pytest.raises(ValueError, match="rows 0, row_length 8.*at least 1"):
         build_plan(corpus, PackingConfig(Mixture(), row_length=8, rows=0, seed=1))
 

@@ -114,3 +114,10 @@ def test_opt_vocabulary() -> None:
     opt.verify(TEXTS)
     for text in NASTY_TEXTS:
         assert opt.decode(opt.encode(text)) == text
+
+
+def test_a_broken_vocabulary_names_its_file(tokenizer_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "merges.txt").write_bytes((tokenizer_folder / "merges.txt").read_bytes())
+    (tmp_path / "vocab.json").write_text('{"<s>": 0, ')
+    with pytest.raises(ValueError, match="vocab.json: not valid JSON"):
+        Tokenizer.load(tmp_path)

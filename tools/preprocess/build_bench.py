@@ -38,6 +38,7 @@ def build(arguments: argparse.Namespace) -> "Bench":
 
     config = load_bench_config(arguments.config, arguments.source_root)
     drops = Drops()
+    # On stderr, so that stdout holds the summary alone.
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("Listing tasks", total=None)
         tasks = config.tasks(drops)
@@ -88,7 +89,8 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         bench = build(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print_summary(bench)

@@ -53,6 +53,7 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
+    # A bar in a log file is thousands of lines, so a file gets lines of its own instead.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("Tokenising", total=None)
         done = logged = 0
@@ -95,7 +96,8 @@ def main() -> int:
     began = time.monotonic()
     try:
         manifest = build(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print_summary(manifest, time.monotonic() - began)

@@ -38,7 +38,10 @@ def parse_arguments() -> argparse.Namespace:
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--output", type=Path, help="plan folder to write")
     output.add_argument("--explain", action="store_true", help="print what the mixture draws, write nothing")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.once and arguments.mixture:
+        parser.error("--once takes every document once and follows no mixture: leave --mixture out")
+    return arguments
 
 
 def packing_config(arguments: argparse.Namespace) -> "PackingConfig":
@@ -94,6 +97,7 @@ def write(corpus: "Corpus", config: "PackingConfig", output: Path) -> None:
         total.update({key: value for key, value in line.items() if key != "dropped"})
         total.update(line["dropped"])
     rows = manifest["num_rows"]
+    # A document takes one slot less than it has tokens.
     slots = total["tokens"] - total["packed"]
     console = Console()
     console.print(
@@ -122,7 +126,8 @@ def main() -> int:
             print_mixture(corpus, config)
         else:
             write(corpus, config, arguments.output)
-    except (ValueError, FileNotFoundError) as error:
+    # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

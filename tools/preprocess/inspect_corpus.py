@@ -63,6 +63,7 @@ def show(arguments: argparse.Namespace) -> None:
     console = Console()
     corpus = Corpus.open(arguments.corpus)
     tokenizer = Tokenizer.load(arguments.tokenizer_model)
+    # Another tokenizer would decode every id to some text, and the text would mislead.
     if tokenizer.sha256 != corpus.tokenizer_sha256:
         raise ValueError(
             f"tokenizer {arguments.tokenizer_model} has SHA-256 {tokenizer.sha256}, the corpus was made with "
@@ -94,7 +95,8 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         show(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -30,6 +30,7 @@ def train(arguments: argparse.Namespace) -> int:
     from megatron_iml.data.tokenizer import train_byte_level_bpe
 
     bench = Bench.open(arguments.input)
+    # The training split unless told otherwise: merges learned from held-out text would leak it.
     entries = bench.files(arguments.split)
     examples = sum(entry.examples for entry in entries)
     console = Console(stderr=True)
@@ -51,7 +52,8 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         examples = train(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{arguments.output}: {arguments.vocab_size:,} entries learned from {examples:,} examples")
