@@ -60,6 +60,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     output = arguments.output or default_output(config, arguments.checkpoint)
     console = Console()
     with open_model(config, arguments.checkpoint) as opened:
+        # After loading: the fingerprint is of the weights, not of their path.
         conditions = conditions_from_config(
             config,
             checkpoint=arguments.checkpoint,
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 and one line for the user's mistakes."""
     try:
         evaluate(parse_arguments(arguments))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         # Every rank finds the same mistake: one of them says it.
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

@@ -43,6 +43,7 @@ def read_prompts(arguments: argparse.Namespace) -> list["Question"]:
     from megatron_iml.evaluation.question import Question
 
     if arguments.prompt is not None:
+        # A shell passes the two characters backslash and n; real newlines come through as they are.
         return [Question("0", arguments.prompt.replace("\\n", "\n"), ())]
     questions = []
     for number, row in json_lines(arguments.prompts):
@@ -67,6 +68,11 @@ def answer(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     questions = read_prompts(arguments)
+    # Now, not after an hour of answers that then have nowhere to go.
+    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"--output: got {arguments.output}; allowed: a file in a folder that exists; make it"
+        )
     with open_model(config, arguments.checkpoint) as opened:
         replicas = opened.replicas
         mine = generate(
@@ -96,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 and one line for the user's mistakes."""
     try:
         answer(parse_arguments(arguments))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         # Every rank finds the same mistake: one of them says it.
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

@@ -16,7 +16,7 @@ from megatron_iml.data.splits import Split
 from megatron_iml.evaluation.prompts import InferencePrefix
 from megatron_iml.evaluation.ranking import Scoring
 
-RESULT_FORMAT_VERSION = 1
+RESULT_FORMAT_VERSION = 2
 """Raised whenever the same conditions begin to give other numbers or another file layout."""
 
 MAY_DIFFER_FROM_BASELINE = frozenset({"checkpoint", "checkpoint_fingerprint", "inference_prefix"})
@@ -36,6 +36,8 @@ class Conditions:
     inference_prefix: InferencePrefix
     max_new_tokens: int
     max_positions: int
+    precision: str
+    """Type of weights and activations: bf16 and fp32 rank close candidates differently."""
 
 
 def conditions_from_config(
@@ -56,6 +58,7 @@ def conditions_from_config(
         inference_prefix=config.model.inference_prefix,
         max_new_tokens=config.evaluation.max_new_tokens,
         max_positions=min(config.model.max_position_embeddings, config.data.row_length),
+        precision=config.training.precision,
     )
 
 
@@ -65,6 +68,7 @@ def task_fingerprint(conditions: Conditions, file_sha256: str, metric: str) -> s
     The checkpoint's path does not count, its content does; nor do the other files of the bench.
     """
     facts = asdict(conditions)
+    # A checkpoint that was moved, or another task added to the bench, changes no score here.
     for irrelevant in ("checkpoint", "bench_fingerprint"):
         del facts[irrelevant]
     facts |= {"file_sha256": file_sha256, "metric": metric, "format_version": RESULT_FORMAT_VERSION}

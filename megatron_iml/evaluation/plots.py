@@ -49,6 +49,9 @@ def plot_loss(path: Path, metrics: Path) -> None:
     loss_at: dict[int, float] = {}
     with metrics.open("rb") as lines:
         for line in lines:
+            # A run that is under way, or was killed, may have half a last line: no reason to lose the report.
+            if not line.endswith(b"\n"):
+                break
             row = orjson.loads(line)
             if "loss" in row:
                 loss_at[row["step"]] = row["loss"]

@@ -92,6 +92,7 @@ def conditions() -> Conditions:
         inference_prefix="none",
         max_new_tokens=4,
         max_positions=32,
+        precision="fp32",
     )
 
 

@@ -23,6 +23,7 @@ CONDITIONS = Conditions(
     inference_prefix="none",
     max_new_tokens=256,
     max_positions=2048,
+    precision="bf16",
 )
 
 
@@ -59,6 +60,7 @@ def test_conditions_of_a_config() -> None:
         {"inference_prefix": "eos"},
         {"max_new_tokens": 255},
         {"max_positions": 1024},
+        {"precision": "fp32"},
     ],
 )
 def test_fingerprint_changes_with_what_decides_the_numbers(change: dict[str, object]) -> None:
@@ -92,6 +94,7 @@ def test_baseline_may_be_another_checkpoint_with_its_own_prefix() -> None:
         {"scoring": "mean"},
         {"max_new_tokens": 255},
         {"max_positions": 1024},
+        {"precision": "fp32"},
     ],
 )
 def test_baseline_under_other_conditions_is_refused(change: dict[str, object]) -> None:

@@ -113,6 +113,6 @@ def test_missing_or_older_report_is_an_error(report: Report, tmp_path: Path) -> 
         read_report(tmp_path)
     write_report(tmp_path, report, None, None)
     path = tmp_path / "report.json"
-    path.write_bytes(path.read_bytes().replace(b'"format_version": 1', b'"format_version": 0'))
-    with pytest.raises(ValueError, match="format version 0, this version reads 1; evaluate again"):
+    path.write_bytes(path.read_bytes().replace(b'"format_version": 2', b'"format_version": 0'))
+    with pytest.raises(ValueError, match="format version 0, this version reads 2; evaluate again"):
         read_report(tmp_path)
