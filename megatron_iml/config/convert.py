@@ -45,6 +45,7 @@ def convert(value: object, kind: Any, key: str) -> Any:
 
 def field_types(section: type) -> Mapping[str, Any]:
     """Field name -> annotation of a dataclass."""
+    # Resolved: a field's own `type` may still be the text of an annotation.
     hints = get_type_hints(section)
     return {field.name: hints[field.name] for field in fields(section)}
 
@@ -109,6 +110,7 @@ def _number(value: object, kind: type, key: str) -> int | float:
     try:
         number = float(value)
     except ValueError:
+        # The reason of float() would only say the same in its words.
         raise ValueError(refusal) from None
     if not math.isfinite(number) or (kind is int and not number.is_integer()):
         raise ValueError(refusal)

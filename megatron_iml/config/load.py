@@ -31,6 +31,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     `model.size` is resolved into explicit shape fields; fields that are given win over the size. Raises
     FileNotFoundError for a missing file, ValueError for everything else that is wrong.
     """
+    # Without a file the command line alone makes a config, for quick tries.
     config = Config()
     origin = "command line" if path is None else str(path)
     with _located(origin):
@@ -52,6 +53,7 @@ def save_config(config: Config, path: Path) -> None:
 
 def _read_yaml(path: Path) -> object:
     if not path.is_file():
+        # Mostly a typing error: the file that was meant stands beside.
         found = ", ".join(sorted(sibling.name for sibling in path.parent.glob("*.yaml"))) or "no *.yaml"
         raise FileNotFoundError(
             f"config file: got {path}, which is not a file; allowed: a YAML file; {path.parent} has {found}"
@@ -61,6 +63,7 @@ def _read_yaml(path: Path) -> object:
 
 def _override(config: Config, override: str) -> Config:
     """`config` with one `section.field=value` put in; a text field takes the value as it stands."""
+    # At the first "=" only: a path may hold others.
     key, equals, text = override.partition("=")
     if not equals:
         raise ValueError("got no '='; allowed: section.field=value; write it like training.steps=4000")

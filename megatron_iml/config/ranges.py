@@ -37,6 +37,7 @@ RANGES: tuple[Range, ...] = (
     *_at_least(1, "model.max_position_embeddings", "model.vocab_size", "data.row_length"),
     *_fraction("model.hidden_dropout", "model.attention_dropout", "model.embedding_dropout"),
     *_at_least(1, "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"),
+    # One chunk per stage is no interleaving: megatron-core takes None for it.
     *_at_least(2, "parallel.virtual_pipeline_model_parallel_size"),
     *_at_least(1, "parallel.recompute_num_layers"),
     *_positive("model.init_method_std", "parallel.distributed_timeout_minutes"),
@@ -47,6 +48,7 @@ RANGES: tuple[Range, ...] = (
     *_positive("optimizer.initial_loss_scale", "optimizer.min_loss_scale"),
     *_at_least(1, "optimizer.loss_scale_window", "optimizer.loss_scale_hysteresis"),
     *_at_least(1, "training.steps", "training.global_batch_positions", "training.log_interval"),
+    # 0 means "only after the last step" for intervals.
     *_at_least(0, "training.seed", "training.validation_interval"),
     *_at_least(0, "checkpoint.save_interval"),
     *_at_least(1, "checkpoint.keep_last"),

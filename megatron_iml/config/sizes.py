@@ -50,6 +50,7 @@ def opt_size(name: str) -> OPTSize:
             "512-wide embedding projected in and out."
         )
     if name not in OPT_SIZES:
+        # A name unlike any other (llama-7b) gets the whole list rather than nothing.
         nearest = get_close_matches(name, OPT_SIZES, n=3, cutoff=0.5) or list(OPT_SIZES)
         raise ValueError(
             f"model.size: got {name!r}; allowed: {', '.join(OPT_SIZES)}; did you mean {' or '.join(nearest)}?"

@@ -54,6 +54,7 @@ def load_bench_config(path: Path, source_root: Path | None = None) -> BenchConfi
         )
     if not isinstance(content["sources"], list) or not content["sources"]:
         raise ValueError(f"{path}: sources must be a list of at least one reader")
+    # Absolute, since a reader may run after the working folder has changed.
     root = (source_root or path.parent).absolute()
     sources = tuple(_source(path, root, entry) for entry in content["sources"])
     return BenchConfig(sources, load_splits(path.parent / content["splits"]))

@@ -35,6 +35,7 @@ def random_words(count: int, *key: int | str) -> NDArray[np.uint64]:
 
 def permutation(count: int, *key: int | str) -> Int64:
     """Return a random order of `range(count)` that follows from the key alone."""
+    # Sorting random words: Generator.permutation may change between versions of numpy.
     return np.argsort(random_words(count, *key), kind="stable")
 
 
@@ -113,15 +114,18 @@ def draw_stream(corpus: Corpus, tasks: Sequence[CorpusTask], quotas_K: Int64, li
     counts_D, sources_D = corpus.num_references_D, corpus.source_lengths_D
     task, document, reference, moment = [], [], [], []
     for k, (record, quota) in enumerate(zip(tasks, quotas_K.tolist(), strict=True)):
+        # resize repeats the order: each pass over a task is whole before the next begins.
         walk = np.resize(permutation(len(record.documents), seed, "walk", record.name), quota)
         drawn = record.first_document + walk
         pick = random_words(quota, seed, "reference", record.name)
+        # 53 bits are what a float holds: the quotient stays below 1.
         jitter = (random_words(quota, seed, "moment", record.name) >> np.uint64(11)) / 2.0**53
         task.append(np.full(quota, k))
         document.append(drawn)
         reference.append((pick % counts_D[drawn].astype(np.uint64)).astype(np.int64))
         # The i-th of q draws lies somewhere in the i-th q-th of the stream, so a task's walk keeps its order.
         moment.append((np.arange(quota) + jitter) / quota)
+    # Stable, or equal moments would fall as the machine's sort pleases.
     order_N = np.argsort(np.concatenate(moment), kind="stable")
     document_N, reference_N = np.concatenate(document)[order_N], np.concatenate(reference)[order_N]
     targets_N = corpus.reference_lengths(document_N, reference_N).astype(np.int64)

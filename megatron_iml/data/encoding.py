@@ -91,6 +91,7 @@ def _split_joint(source: UInt16, joint: Sequence[UInt16]) -> list[EncodedDocumen
     ]
     if not kept:
         return documents
+    # In the place of the first of them, so that the order of references is kept.
     together = EncodedDocument(source, tuple(joint[i][splits[i] :] for i in kept), tuple(kept))
     return [together if i == kept[0] else documents[i] for i in range(len(joint)) if i not in kept[1:]]
 

@@ -104,6 +104,7 @@ def _allot_slots(lengths_N: Int64, shared_N: Int64, trunks_N: Int64, row_length:
     assert num_real <= row_length, f"{len(slots_N)} documents take {num_real} slots, the row has {row_length}"
 
     positions_T = np.zeros(row_length, dtype=np.int32)
+    # Padding first: end[col] = col hides a column even from itself.
     end_T = np.arange(row_length, dtype=np.int32)
     positions_T[:num_real] = np.arange(num_real) - np.repeat(starts_N - shared_N, slots_N)
     end_T[:num_real] = np.repeat(stops_N, slots_N)
@@ -182,10 +183,12 @@ def assemble_row(pieces: Sequence[Piece], row_length: int, index: int) -> Row:
     firsts_N = _integers((max(piece.source_length, 1) for piece in pieces), count)
     assert (firsts_N < lengths_N).all(), "a document needs a target after its source"
 
+    # OPT's own padding id; its embedding is never used, since padding sees and is seen by nobody.
     tokens_T = np.full(row_length, PAD_ID, dtype=np.int32)
     if not count:
         empty = np.empty(0, dtype=np.int32)
         return Row(slots.layout(index, 0), tokens_T, empty, empty)
+    # Rows without branches, all of training's, take the path without a Python loop over documents.
     if slots.prefixes:
         for branch in slots.prefixes:
             piece, trunk = pieces[branch], pieces[pieces[branch].trunk]
@@ -234,6 +237,7 @@ class Loader:
             pieces.append(Piece(tokens[cut:], source_length - cut, trunk, shared))
         assembled = assemble_row(pieces, self.plan.row_length, row)
         expected = int(self.plan.targets_R[row])
+        # The loss is divided by the plan's number: one target more would pass unnoticed.
         found = assembled.layout.num_targets
         assert found == expected, f"row {row} has {found} targets, the plan says {expected}"
         return assembled

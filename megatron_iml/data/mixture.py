@@ -105,6 +105,7 @@ def load_mixture(path: Path) -> Mixture:
         raise ValueError(
             f"{path}: benchmarks is {benchmarks!r}, expected name: {{proportion: ..., unit: ...}}"
         )
+    # Keys as text: a benchmark called 2024 is a number to YAML.
     shares = {
         str(name): _proportion(f"{path}: benchmark {name}", value) for name, value in benchmarks.items()
     }
@@ -162,6 +163,7 @@ def task_shares(mixture: Mixture, tasks: Sequence[TaskSize]) -> Shares:
     )
     for name, indices in members.items():
         shares_K[indices] *= weights[name]
+    # Once more, since units other than examples give relative weights.
     return shares_K / shares_K.sum()
 
 
@@ -174,6 +176,7 @@ def _benchmark_weights(
     unit: Unit = used[counted[0]].unit if counted else "examples"
     per_draw = {name: sum(share * task.per_draw(unit) for task, share in members[name]) for name in used}
     for name, mean in per_draw.items():
+        # Dividing by it would ask for infinitely many draws.
         if mean == 0:
             raise ValueError(f"benchmark {name!r} has no usable document but a proportion above 0; make it 0")
     # Benchmarks counted in examples, drawn as often as they weigh, bring this much: the rest of everything.

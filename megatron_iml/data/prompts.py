@@ -36,8 +36,10 @@ def choose_delimiter(seed: int, task: str, example_id: str) -> str:
 def with_delimiter(source: str, seed: int, task: str, example_id: str) -> str:
     """The `src` of a row: without trailing spaces, and with a delimiter unless blank or ending with ":"."""
     source = source.rstrip(" ")
+    # The paper adds no delimiter there: the source asks for its answer by itself.
     if source.endswith(":"):
         return source
+    # A delimiter alone would make pretraining text the answer to nothing.
     if not source.strip():
         return ""
     return source + choose_delimiter(seed, task, example_id)

@@ -108,6 +108,7 @@ def check_names(splits: Splits, tasks: Sequence[Task]) -> None:
 
 def level_of(splits: Splits, task: Task) -> Level:
     """The level of generalisation at which a task is evaluated."""
+    # Category first: a task held out twice over belongs to the stricter level.
     if task.category in splits.held_out_categories:
         return "fully_held_out"
     if task.name in splits.held_out_tasks:
@@ -141,6 +142,7 @@ def assign(splits: Splits, level: Level, instances_N: np.ndarray, sources_N: np.
     # Ties can only come from repeated ids; the stable sort then leaves them in the order of the file.
     order_N = np.argsort(instances_N, kind="stable")[: splits.max_examples_per_task]
     validation, test = _held_out_counts(splits, level, len(order_N))
+    # Beyond the cap until said otherwise.
     split_N = np.full(len(instances_N), -1, np.int8)
     split_N[order_N] = SPLITS.index("train") if level == "fully_supervised" else -2
     split_N[order_N[:validation]] = SPLITS.index("validation")
@@ -157,6 +159,7 @@ def _held_out_counts(splits: Splits, level: Level, examples: int) -> tuple[int, 
     room = examples if level != "fully_supervised" else int(examples * LARGEST_HELD_OUT_SHARE)
     if validation + test <= room:
         return validation, test
+    # Whole numbers, rounded to the side of the test set, whose noise is what is reported.
     scaled = room * validation // (validation + test)
     return scaled, room - scaled
 

@@ -27,7 +27,9 @@ def source_files(folder: Path, pattern: str, drops: Drops) -> list[Path]:
     """Files of `folder` matching the glob `pattern`, sorted; empty ones are recorded and left out."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no source folder {folder}; give the folder that holds {pattern}")
+    # Sorted: the order of a folder differs between file systems.
     matches = sorted(path for path in folder.glob(pattern) if path.is_file())
+    # Nothing read would be a bench without this source, and nobody would be told.
     if not matches:
         raise ValueError(f"no file matches {pattern} in {folder}; the reader or the folder is the wrong one")
     for path in matches:
@@ -42,6 +44,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
         for number, raw in enumerate(file, start=1):
             line = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
             try:
+                # Not str.splitlines or text mode: both also cut at U+2028 or a lone carriage return.
                 yield number, line.decode("utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 raise ValueError(_not_utf8(f"{path}:{number}", error)) from error

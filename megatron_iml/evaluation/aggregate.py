@@ -72,6 +72,7 @@ def estimate_examples(scores: Sequence[float]) -> Estimate:
     """Mean of example scores; the standard error is the sample standard deviation over sqrt(n)."""
     count = len(scores)
     assert count > 0, "a task needs at least one scored example, got 0"
+    # fsum: the same mean whatever the order in which replicas bring the scores.
     mean = math.fsum(scores) / count
     if count == 1:
         return Estimate(mean, None, 1)
@@ -84,6 +85,7 @@ def estimate_parts(parts: Sequence[Estimate]) -> Estimate:
     count = len(parts)
     assert count > 0, "a mean needs at least one part, got 0"
     mean = math.fsum(part.mean for part in parts) / count
+    # One unknown error makes the sum unknown; leaving it out would flatter it.
     errors = [part.standard_error for part in parts if part.standard_error is not None]
     if len(errors) < count:
         return Estimate(mean, None, count)
@@ -105,6 +107,7 @@ def aggregate(tasks: Iterable[TaskScore]) -> Aggregate:
         benchmarks[task.benchmark].append(task.estimate)
     merged: defaultdict[Column, list[Estimate]] = defaultdict(list)
     for (column, _), estimates in holders.items():
+        # First over benchmarks: a task that three of them hold would count three times.
         merged[column].append(estimate_parts(estimates))
     columns = {column: estimate_parts(estimates) for column, estimates in merged.items()}
     levels = {

@@ -57,6 +57,7 @@ def generate(
         ValueError: `max_new_tokens` leaves no room for a prompt, or a prompt is empty and there is no prefix.
     """
     assert max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}"
+    # As training encodes a source: a space left at the end would be a token of its own.
     encoded = tokenizer.encode_batch([question.prompt.rstrip(" ") for question in questions])
     fitted = [
         fit_prompt(prompt_T, max_new_tokens, rules, question.id)
@@ -83,9 +84,11 @@ def _decode_batch(
     for new_tokens in range(1, max_new_tokens + 1):
         for sequence, token in zip(active_B, next_B, strict=True):
             answers[sequence].append(int(token))
+        # After appending: `</s>` counts as a token of the answer.
         going_K = np.flatnonzero(next_B != eos_id)
         if len(going_K) == 0 or new_tokens == max_new_tokens:
             break
+        # Dropping a finished sequence copies the cache, so only when there is one.
         if len(going_K) < len(active_B):
             cache.keep(going_K)
             active_B, next_B = active_B[going_K], next_B[going_K]

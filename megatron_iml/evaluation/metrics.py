@@ -59,4 +59,5 @@ def accuracy(scores: Sequence[float], correct: Collection[int]) -> float:
     """
     assert correct, f"ranking {len(scores)} candidates needs at least one correct one, got 0"
     wrong = [score for index, score in enumerate(scores) if index not in correct]
+    # Any right candidate will do, but it has to beat every wrong one; comparisons with NaN are false.
     return float(any(all(scores[index] > other for other in wrong) for index in correct))

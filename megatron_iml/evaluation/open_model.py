@@ -64,9 +64,11 @@ def open_model(config: Config, checkpoint: str) -> Iterator[OpenedModel]:
     """
     config = _inference_config(config)
     check_layout(config, world_size_from_environment())
+    # Before the processes find one another: mistakes are said without a wait.
     tokenizer = _load_tokenizer(config)
     folder = _weights_folder(config, checkpoint)
     if folder is not None and not is_hugging_face_folder(folder):
+        # A Hugging Face folder does not say what its prefix is; our own checkpoints do.
         _check_prefix(config, folder)
     layout = start_distributed(config)
     try:
@@ -79,6 +81,7 @@ def open_model(config: Config, checkpoint: str) -> Iterator[OpenedModel]:
         model = InferenceModel(chunks[0], layout, tokenizer.vocab_size, positions)
         yield OpenedModel(model, tokenizer, replicas_of(layout), fingerprint_weights(config, folder))
     finally:
+        # After an error too, or the other ranks would wait for the timeout.
         stop_distributed()
 
 
@@ -112,6 +115,7 @@ def fingerprint_weights(config: Config, folder: Path | None) -> str:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
         with path.open("rb") as file:
+            # The ends hold headers and the last tensors, the middle a weight of some layer.
             for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):
                 file.seek(start)
                 digest.update(file.read(SAMPLE_BYTES))

@@ -44,6 +44,7 @@ def fit_prompt(
     Raises:
         ValueError: the answer leaves no room for a prompt, or there is neither a prompt nor a prefix.
     """
+    # One more token than positions: the last one is predicted, never read.
     room = rules.max_positions + 1 - answer_tokens - len(rules.prefix)
     if room < 1:
         raise ValueError(

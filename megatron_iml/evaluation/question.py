@@ -48,6 +48,7 @@ def question_from_row(row: BenchRow, metric: Metric, file: str) -> Question:
         id=row["id"],
         prompt=row["src"],
         references=tuple(row.get("references", [row["tgt"]])),
+        # A generated answer is judged by its text, so its candidates are no part of the question.
         candidates=tuple(row.get("candidates", [])) if metric == "accuracy" else (),
     )
     if metric == "accuracy" and not question.correct:

@@ -83,6 +83,7 @@ def rank(
         documents, source_length, cut = encode_candidates(tokenizer, question, rules)
         trees.extend(grow_trees(index, documents, source_length, row_length))
         cut_tokens.append(cut)
+    # NaN and not 0: a candidate that no row scored must never win.
     scores = [[float("nan")] * len(question.candidates) for question in questions]
     for number, row in enumerate(track(pack_trees(trees, row_length))):
         for tree, candidate, score in _score_row(model, row, row_length, number, scoring):
@@ -105,6 +106,7 @@ def encode_candidates(
     assert shortest >= length, (
         f"{question.id}: a candidate shortened its prompt from {length} tokens to {shortest}"
     )
+    # The longest decides for all: scores of other contexts could not be compared.
     answer_tokens = max(len(ids_T) for ids_T in joint) - length + 1
     documents = []
     for ids_T in joint:
@@ -135,6 +137,7 @@ def pack_trees(trees: Iterable[Tree], row_length: int) -> list[list[Tree]]:
     """Best-fit decreasing: the largest tree first, each into the fullest row that still takes it."""
     rows: list[list[Tree]] = []
     free: list[tuple[int, int]] = []  # (free slots, row), sorted
+    # Stable: equal trees keep the order of their questions, so rows are the same in every run.
     for tree in sorted(trees, key=lambda tree: -tree.slots):
         at = bisect_left(free, (tree.slots, -1))
         if at == len(free):
@@ -184,6 +187,7 @@ def _score_row(
         base = len(pieces)
         owners.extend((tree, candidate) for candidate in tree.candidates)
         pieces.extend(replace(piece, trunk=base) if piece.trunk == 0 else piece for piece in tree.pieces)
+    # In double precision, so that the sum does not depend on the order of a long candidate.
     losses_M = model.target_losses(assemble_row(pieces, row_length, number)).astype(np.float64)
     counts = [len(piece.tokens) - piece.source_length for piece in pieces]
     assert len(losses_M) == sum(counts), f"row {number} has {sum(counts)} targets, got {len(losses_M)} losses"

@@ -48,5 +48,6 @@ def merge(shards: Sequence[Sequence[Item]]) -> list[Item]:
     size, total = len(shards), sum(map(len, shards))
     lengths = [len(part) for part in shards]
     expected = [len(range(rank, total, size)) for rank in range(size)]
+    # A replica that lost an example would shift all answers behind it to other questions.
     assert lengths == expected, f"{total} items over {size} ranks make shards of {expected}, got {lengths}"
     return [shards[index % size][index // size] for index in range(total)]

@@ -68,6 +68,7 @@ def read_report(folder: Path) -> Report:
             f"{path} has format version {content['format_version']}, this version reads "
             f"{RESULT_FORMAT_VERSION}; evaluate again"
         )
+    # Averages are made anew: those in the file may come from an older rule.
     tasks = [TaskScore(**{**task, "estimate": Estimate(**task["estimate"])}) for task in content["tasks"]]
     return Report(Conditions(**content["conditions"]), aggregate(tasks))
 

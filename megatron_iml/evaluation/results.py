@@ -58,6 +58,7 @@ def read_results(folder: Path, fingerprints: Mapping[str, str]) -> dict[str, Tas
     return {
         stem: _from_json(content)
         for stem, content in found.items()
+        # Others stay on disk until they are written over.
         if content["fingerprint"] == fingerprints[stem]
     }
 

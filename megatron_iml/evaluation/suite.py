@@ -39,6 +39,7 @@ def evaluate_bench(
             f"{bench.folder} has no file in the split {conditions.split}; choose another evaluation.split, "
             "or rebuild the bench with held-out examples"
         )
+    # All of them before any model work: a bad row in the last file is found in the first minute.
     questions = {file.stem: read_questions(bench, file, conditions.examples_per_task) for file in files}
     fingerprints = {file.stem: task_fingerprint(conditions, file.sha256, file.metric) for file in files}
     # Read before the first task and by one process, so that all processes skip the same tasks.

@@ -120,4 +120,5 @@ def _percent(estimate: Estimate) -> str:
 
 
 def _escaped(cell: str) -> str:
+    # A bar in a task name would end its cell.
     return cell.replace("|", "\\|")

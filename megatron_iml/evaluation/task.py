@@ -88,6 +88,7 @@ def _score_rankings(evaluator: Evaluator, questions: Sequence[Question], track: 
             references=question.references,
             candidate_scores=ranking.scores,
             cut_tokens=ranking.cut_tokens,
+            # Ranking generates nothing that could hit a limit.
             finished=True,
         )
         for question, ranking in zip(questions, rankings, strict=True)

@@ -55,6 +55,7 @@ class Source:
             raise ValueError(
                 f"reader {self.reader} {'needs a' if self.folder is None else 'takes no'} folder"
             )
+        # Read from the signature, so that a reader's options are declared once.
         defaults = {
             name: parameter.default
             for name, parameter in inspect.signature(READERS[self.reader]).parameters.items()

@@ -43,6 +43,7 @@ def _examples(path: Path, name: str, counts: TaskCounts) -> Iterator[Example]:
         if len(columns) != 3:
             counts.drop("not three columns")
             continue
+        # After the split: an escaped newline never stands for a column's end.
         question, answer, rationale = (column.replace("\\n", "\n") for column in columns)
         if not question.strip() or not answer.strip() or not rationale.strip():
             counts.drop("blank column")

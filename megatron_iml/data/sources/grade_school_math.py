@@ -35,6 +35,7 @@ def read(folder: Path, drops: Drops, *, parts: Sequence[str] = ("train",)) -> It
     """
     for part in parts:
         paths = source_files(folder, f"**/{part}.jsonl", drops)
+        # Two copies would be two tasks of one name; which was meant cannot be guessed.
         if len(paths) > 1:
             raise ValueError(
                 f"{folder}: {len(paths)} files {part}.jsonl; give the folder that holds the one meant"

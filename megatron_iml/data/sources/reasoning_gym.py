@@ -156,6 +156,7 @@ def _examples(task: GymTask, counts: TaskCounts, examples_per_task: int, seed: i
     for index in range(examples_per_task):
         question, answer = items[index]["question"], str(items[index]["answer"])
         counts.read += 1
+        # Small generators repeat themselves: a repeated question might be trained on and evaluated.
         if question in seen:
             counts.drop("repeated question")
             continue

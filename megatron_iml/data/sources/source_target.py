@@ -38,6 +38,7 @@ def read(folder: Path, drops: Drops) -> Iterator[Task]:
     for path in source_files(folder, "**/*.jsonl", drops):
         shards.setdefault(path.stem, []).append(path)
     for stem, paths in sorted(shards.items()):
+        # Twice only: names of tasks hold "__" themselves.
         parts = stem.split("__", 2)
         if len(parts) != 3 or not all(parts):
             raise ValueError(
@@ -87,6 +88,7 @@ def _example(
         benchmark=name.benchmark,
         category=name.category,
         source=source,
+        # `tgt` first, since it is what training shows; the writer removes it from among the others.
         targets=(target, *references),
         candidates=candidates,
     )

@@ -36,6 +36,7 @@ def read(folder: Path, drops: Drops, *, positive_examples: int = 0) -> Iterator[
     Raises:
         ValueError: a file is not a task; nothing matches.
     """
+    # The official repository keeps its tasks in a folder; derived data sets often lie loose.
     tasks_folder = folder / "tasks" if (folder / "tasks").is_dir() else folder
     for path in source_files(tasks_folder, "*.json", drops):
         # The category stands inside the file, so it is parsed here and again for its examples: reading twice
@@ -76,6 +77,7 @@ def _examples(path: Path, category: str, counts: TaskCounts, positive_examples: 
         else:
             source = f"{instructions}\nInput: {text}" if text else instructions
         yield Example(
+            # Ids of the pre-release are absent or null; the position is as stable as the file.
             id=str(instance.get("id") or f"{path.stem}-{index}"),
             task=path.stem,
             benchmark=BENCHMARK,
@@ -88,6 +90,7 @@ def _examples(path: Path, category: str, counts: TaskCounts, positive_examples: 
 def _category(content: dict[str, Any]) -> str:
     categories = content.get("Categories") or "Uncategorised"
     first = categories[0] if isinstance(categories, list) else categories
+    # A parent such as "Question Answering" would lump categories that the splits tell apart.
     return str(first).split("->")[-1].strip()
 
 
