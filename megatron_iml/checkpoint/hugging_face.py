@@ -38,6 +38,7 @@ def load_hugging_face(folder: Path, chunks: Sequence[OPTModel], model: ModelConf
     read = open_tensors(folder)
     head_dim = model.hidden_size // model.num_attention_heads
     for name, parameter in named_global_parameters(chunks):
+        # One at a time: a 175B folder does not fit a node's memory once per rank.
         parts = [read(theirs) for theirs in hugging_face_names(name)]
         full = fuse_qkv(parts, head_dim) if len(parts) == 3 else parts[0]
         if name == "embedding.word_embeddings.weight":
@@ -50,6 +51,7 @@ def open_tensors(folder: Path) -> Callable[[str], Tensor]:
     carry."""
     stem, suffix = _find_format(folder)
     index = folder / f"{stem}{suffix}.index.json"
+    # A model of one file has no index.
     files = (
         sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if index.is_file()
@@ -86,10 +88,12 @@ def _find_format(folder: Path) -> tuple[str, str]:
 
 def _readers(path: Path) -> dict[str, Callable[[], Tensor]]:
     if path.suffix == ".safetensors":
+        # Optional: folders with .bin files need no safetensors.
         from safetensors import safe_open
 
         opened = safe_open(path, framework="pt")
         return {name: lambda name=name: opened.get_tensor(name) for name in opened.keys()}  # type: ignore[misc]  # noqa: SIM118
+    # weights_only: a pickle from elsewhere must not run code.
     state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return {name: lambda tensor=tensor: tensor for name, tensor in state.items()}  # type: ignore[misc]
 

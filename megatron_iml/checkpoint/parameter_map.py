@@ -52,6 +52,7 @@ def hugging_face_names(name: str) -> tuple[str, ...]:
 
 def fuse_qkv(parts: Sequence[Tensor], head_dim: int) -> Tensor:
     """Interleave query, key and value, each [heads x head size, ...], into [heads x 3 x head size, ...]."""
+    # By head, so that the tensor-parallel cut, which knows nothing of q, k and v, cuts between heads.
     by_head = [part.unflatten(0, (-1, head_dim)) for part in parts]
     return torch.stack(by_head, dim=1).flatten(0, 2)
 

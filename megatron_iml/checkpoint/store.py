@@ -70,6 +70,7 @@ class CheckpointStore:
         Raises:
             RuntimeError: if the state about to be written disagrees with the model's weights.
         """
+        # One at a time: megatron-core gathers all write results through one queue.
         self.wait()
         _start_results_process()
         folder = self.directory / f"iter_{state.step:07d}"
@@ -77,10 +78,12 @@ class CheckpointStore:
             # What a killed run left half written would otherwise mix with the new files.
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
+        # Nobody writes before rank 0 has emptied the folder.
         dist.barrier()
         engine.gather_weights()
         tensors = _sharded_state(engine, is_loading=False)
         check_master_weights(tensors)
+        # Replicas share the writing; else data rank 0 would write every weight alone.
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy("torch_dist"), engine.layout.groups.dp
         )
@@ -89,9 +92,11 @@ class CheckpointStore:
         )
         finish = self._finisher(folder, engine.config, state)
         if request is None:
+            # Then a barrier: no rank goes on while rank 0 still marks the checkpoint complete.
             finish()
             dist.barrier()
         else:
+            # Runs last, after the metadata that makes the files readable.
             request.add_finalize_fn(finish)
             self.queue.schedule_async_request(request)
         return folder
@@ -215,6 +220,7 @@ def check_master_weights(tensors: dict[str, Any]) -> None:
     with the same code would notice.
     """
     weights, masters = {}, {}
+    # The name megatron-core gives the fp32 masters in `fully_reshardable` form.
     prefix = "optimizer.state.param."
     for tensor in nested_values(tensors):
         if isinstance(tensor, ShardedTensor):
@@ -265,4 +271,5 @@ def _load_chunks(chunks: Sequence[OPTModel], tensors: dict[str, Any]) -> None:
 def _write_atomically(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
+    # A rename is whole or not at all; a half written marker would count as complete.
     temporary.replace(path)

@@ -26,6 +26,7 @@ def build_model(config: Config, layout: Layout) -> list[OPTModel]:
     offer_weight_gradient()
     transformer_config = build_transformer_config(config, layout.device)
     chunks = []
+    # Interleaved, only the first chunk of the first stage embeds and only the last of the last predicts.
     for virtual_rank in range(layout.virtual_size):
         chunk = OPTModel(
             transformer_config,

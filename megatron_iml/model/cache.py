@@ -34,6 +34,7 @@ class KeyValueCache:
         """Take over the keys and values of the prompts' row."""
         _, heads, _, head_dim = qkv_TN3D.shape
         shape = (len(self.starts), self.capacity, heads, head_dim)
+        # Zeros, not empty: a masked NaN would still poison the weighted sum.
         self.keys[layer], self.values[layer] = qkv_TN3D.new_zeros(shape), qkv_TN3D.new_zeros(shape)
         for sequence, (start, length) in enumerate(zip(self.starts, self.lengths_B.tolist(), strict=True)):
             self.keys[layer][sequence, :length] = qkv_TN3D[start : start + length, :, 1]
@@ -45,6 +46,7 @@ class KeyValueCache:
         sequences_B = torch.arange(q_BND.shape[0], device=q_BND.device)
         self.keys[layer][sequences_B, self.lengths_B] = k_BND
         self.values[layer][sequences_B, self.lengths_B] = v_BND
+        # `<=`: the token appended above sees itself. Unfilled positions hold zeros and are masked.
         seen_BP = torch.arange(self.capacity, device=q_BND.device) <= self.lengths_B[:, None]
         return torch.nn.functional.scaled_dot_product_attention(
             q_BND[:, :, None],

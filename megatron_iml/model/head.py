@@ -42,9 +42,7 @@ class TargetHead(ColumnParallelLinear):
     all the same: overlapped parameter gathers wait for a weight when its module is called.
     """
 
-    def forward(
-        self, ops: Ops, hidden_T1F: Tensor, weight_VF: Tensor, batch: MicroBatch
-    ) -> TargetLosses:
+    def forward(self, ops: Ops, hidden_T1F: Tensor, weight_VF: Tensor, batch: MicroBatch) -> TargetLosses:
         """Losses of the batch's targets; `weight_VF` is this module's weight or the embedding's."""
         return target_losses(ops, self.config, self.tp_group, hidden_T1F, weight_VF, batch)
 
@@ -72,7 +70,9 @@ def target_losses(
         weight_VF,
         batch.target_rows_M,
         batch.target_ids_M,
+        # Shards are equal: the config asks for a vocabulary that the tensor size divides.
         vocab_start=tp_group.rank() * weight_VF.shape[0],
+        # One rank needs no reduction, and NCCL would launch one all the same.
         group_max=None if tp_group.size() == 1 else lambda x: dist.all_reduce(x, dist.ReduceOp.MAX, tp_group),
         group_sum=None if tp_group.size() == 1 else lambda x: dist.all_reduce(x, group=tp_group),
         loss_scale=_loss_scale(config, hidden_T1F.device),

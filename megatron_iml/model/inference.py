@@ -70,6 +70,7 @@ class InferenceModel:
         # read.
         pieces = [Piece(np.append(prompt, 0), len(prompt)) for prompt in prompts]
         batch = to_device(assemble_row(pieces, sum(lengths), index=0), self.layout.device)
+        # Documents lie in the row without gaps, so prompt i starts where i - 1 ends.
         starts = np.cumsum([0, *lengths[:-1]])
         cache = KeyValueCache(
             starts=starts.tolist(),
@@ -87,6 +88,7 @@ class InferenceModel:
         """Append one token to every cached sequence and return the most likely next ones, int64 [B]."""
         logits_BV = self.model.next_token_logits(
             torch.from_numpy(np.asarray(tokens_B, dtype=np.int64)).to(self.layout.device),
+            # The next token of a sequence of n stands at position n.
             cache.lengths_B,
             DecodeContext(cache),
             torch.arange(len(tokens_B), device=self.layout.device),
@@ -95,4 +97,5 @@ class InferenceModel:
         return self._most_likely(logits_BV)
 
     def _most_likely(self, logits_BV: Tensor) -> Tokens:
+        # Rows that pad the vocabulary have logits too, and an untrained row can win.
         return logits_BV[:, : self.vocab_entries].argmax(dim=1).cpu().numpy()

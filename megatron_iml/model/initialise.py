@@ -38,8 +38,10 @@ def initial_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: 
         return torch.zeros(shape)
     is_output = "linear_proj" in name or "linear_fc2" in name
     std = model.init_method_std / math.sqrt(2 * model.num_layers) if is_output else model.init_method_std
+    # Not `hash()`, which Python salts per process. 7 bytes fit the generator's signed 64-bit seed.
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    # On the CPU: CUDA generators give other numbers on other devices.
     tensor = torch.empty(shape).normal_(0.0, std, generator=generator)
     if name == "embedding.word_embeddings.weight":
         tensor[PAD_ID] = 0.0

@@ -88,6 +88,7 @@ class SelfAttention(MegatronModule):
         self.first_head = self.num_heads * tp_group.rank()
         self.linear_qkv = ColumnParallelLinear(
             config.hidden_size,
+            # One GEMM for the three: cut by heads, see `forward`.
             3 * config.hidden_size,
             config=config,
             init_method=config.init_method,
@@ -101,6 +102,7 @@ class SelfAttention(MegatronModule):
             init_method=config.output_layer_init_method,
             bias=True,
             input_is_parallel=True,
+            # Added in the pass that drops and adds the residual.
             skip_bias_add=True,
             tp_group=tp_group,
         )
@@ -113,6 +115,7 @@ class SelfAttention(MegatronModule):
         if isinstance(context, DecodeContext):
             out_TND = context.cache.attend(self.chunk_index, qkv_TN3D)
         elif self.selective and self.training:
+            # Masks are functions of the row: recomputing needs no saved generator state.
             out_TND = tensor_parallel.checkpoint(lambda qkv: self._attend(qkv, context), False, qkv_TN3D)
         else:
             out_TND = self._attend(qkv_TN3D, context)
@@ -132,6 +135,7 @@ class SelfAttention(MegatronModule):
     def _dropout(self, context: RowContext) -> dict[str, Any]:
         if context.keys_LP is None:
             return {}
+        # By index in the chunk, since `keys_LP` holds this chunk's layers only.
         key = key_of(context.keys_LP, self.chunk_index, "attention")
         return {"dropout_probability": self.plan.attention, "dropout_key": key}
 
@@ -185,6 +189,7 @@ class OPTLayer(MegatronModule, BaseTransformerLayer):
         # TransformerBlock shards state by this 1-based global number.
         offset = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
         self.layer_number = layer_number + offset
+        # TransformerBlock counts from 1 within the chunk.
         self.chunk_index = layer_number - 1
         self.plan, self.ops, self.tp_group = plan, ops, pg_collection.tp
         hidden_size, eps = config.hidden_size, config.layernorm_epsilon
@@ -214,5 +219,6 @@ class OPTLayer(MegatronModule, BaseTransformerLayer):
         """Probability, key, and global index of the first slot here."""
         if isinstance(context, DecodeContext) or context.keys_LP is None:
             return 0.0, None, 0
+        # A mask depends on the slot in the whole row, whichever rank holds it.
         first_slot = self.tp_group.rank() * slots if self.config.sequence_parallel else 0
         return self.plan.hidden, key_of(context.keys_LP, self.chunk_index, place), first_slot

@@ -69,6 +69,7 @@ def choose_ops(backend: str, device: torch.device) -> Ops:
             f"model.kernel_backend: got triton on {device.type}; allowed there: reference; set "
             "model.kernel_backend=reference, or run on a GPU"
         )
+    # A table, not a default: another name has been refused by the config.
     return {"reference": REFERENCE, "triton": TRITON}[backend]
 
 
@@ -80,6 +81,7 @@ def offer_weight_gradient() -> None:
     """
     from megatron.core.tensor_parallel import layers
 
+    # Apex, where it is installed, stays: its extension does the same.
     if not layers._grad_accum_fusion_available:
         vars(layers)["fused_weight_gradient_mlp_cuda"] = _WeightGradient
         vars(layers)["_grad_accum_fusion_available"] = True

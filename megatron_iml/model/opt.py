@@ -63,6 +63,7 @@ class OPTEmbedding(MegatronModule):
             config=config,
             tp_group=self.tp_group,
         )
+        # Whole on every tensor rank: 2,050 rows are not worth cutting.
         self.position_embeddings = torch.nn.Embedding(
             model.max_position_embeddings + POSITION_OFFSET,
             config.hidden_size,
@@ -76,8 +77,10 @@ class OPTEmbedding(MegatronModule):
         hidden_T1F = hidden_TF[:, None, :]
         first_slot = 0
         if self.config.sequence_parallel:
+            # After the sum: a scatter of the words alone would need positions cut as well.
             hidden_T1F = scatter_to_sequence_parallel_region(hidden_T1F, group=self.tp_group)
             first_slot = self.tp_group.rank() * hidden_T1F.shape[0]
+        # Evaluation, decoding, or no dropout in this run.
         if keys_LP is None:
             return hidden_T1F
         key = key_of(keys_LP, EMBEDDING_LAYER, "embedding")
@@ -101,6 +104,7 @@ class OPTModel(LanguageModule):
     ) -> None:
         super().__init__(config=config, pg_collection=layout.groups)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        # megatron-core sums the two copies' gradients over the first and last stage if this is set.
         self.share_embeddings_and_output_weights = True
         self.plan, self.ops = plan, ops
         self.model_type = ModelType.encoder_or_decoder
@@ -131,6 +135,7 @@ class OPTModel(LanguageModule):
                 tp_group=layout.groups.tp,
             )
         self.first_layer = get_transformer_layer_offset(config, vp_stage, layout.pipeline_rank)
+        # Marks the last stage's copy as shared, so that the gradient norm counts it once.
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -141,9 +146,11 @@ class OPTModel(LanguageModule):
     def forward(self, batch: MicroBatch) -> Tensor | TargetLosses:
         """Hidden states [T, 1, F], or on the last stage the losses of the row's targets."""
         context = batch.context
+        # Once per row and chunk: recomputed layers read the same tensor again.
         if self.training and self.plan.drops:
             layers = range(self.first_layer, self.first_layer + len(self.decoder.layers))
             keys_LP = self.plan.keys(context.row, layers, batch.positions_T.device)
+            # A copy: the same batch object may be run again, forward only.
             context = replace(context, keys_LP=keys_LP)
         hidden_T1F = None
         if self.pre_process:

@@ -23,6 +23,7 @@ def named_global_parameters(chunks: Sequence[OPTModel]) -> Iterator[tuple[str, t
     """Yield (global name, local parameter) of every parameter on this rank."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
+            # Filled like the first stage's copy; megatron-core keeps them equal from then on.
             if name == "output_layer.weight":
                 yield "embedding.word_embeddings.weight", parameter
                 continue
@@ -47,6 +48,7 @@ def copy_full_tensor(parameter: torch.nn.Parameter, full: Tensor, tensor_rank: i
         ValueError: if the shapes do not fit.
     """
     dim = tensor_parallel_dim(parameter)
+    # Equal parts: the config asks the tensor size to divide every cut dimension.
     shard = full if dim is None else full.chunk(tensor_size, dim)[tensor_rank]
     if shard.shape != parameter.shape:
         raise ValueError(

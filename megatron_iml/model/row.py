@@ -49,6 +49,7 @@ class MicroBatch:
 
 
 def _index(array: np.ndarray, device: torch.device) -> Tensor:
+    # A copy, since the array may be a view of a mapped file; int64 is what embedding and index_select take.
     return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
 
 
@@ -56,6 +57,7 @@ def to_device(source: Row | RowLayout, device: torch.device) -> MicroBatch:
     """Move a row, or only its layout on a middle stage, to the device."""
     layout = source.layout if isinstance(source, Row) else source
     row = source if isinstance(source, Row) else None
+    # int32 as the attention kernels read it.
     end_T = torch.from_numpy(np.ascontiguousarray(layout.end_T, dtype=np.int32)).to(device, non_blocking=True)
     return MicroBatch(
         context=RowContext(row=layout.index, bounds=DocumentBounds.from_end(end_T)),

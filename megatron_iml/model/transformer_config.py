@@ -36,9 +36,11 @@ def build_transformer_config(config: Config, device: torch.device) -> Transforme
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
+        # OPT's, in every size.
         layernorm_epsilon=1e-5,
         add_bias_linear=True,
         activation_func=torch.nn.functional.relu,
+        # Our masks come from `DropoutPlan`; megatron-core draws none, but is told the truth.
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method=leave_uninitialised,
@@ -52,15 +54,18 @@ def build_transformer_config(config: Config, device: torch.device) -> Transforme
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        # Selective recomputation is ours (`layer.py`): megatron-core's hooks sit in its own attention.
         recompute_granularity="full" if recompute == "full" else None,
         recompute_method=parallel.recompute_method if recompute == "full" else None,
         recompute_num_layers=parallel.recompute_num_layers if recompute == "full" else None,
         calculate_per_token_loss=True,
         batch_p2p_comm=False,
         overlap_p2p_comm=False,
+        # Hidden states already sent need only their graph; safe because sends are not overlapped.
         deallocate_pipeline_outputs=True,
         # Weight gradients go straight into the fp32 buffers (ops.py); on the CPU they stay plain.
         gradient_accumulation_fusion=device.type == "cuda",
+        # megatron-core's fusions are for its own modules, which ours replace.
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,

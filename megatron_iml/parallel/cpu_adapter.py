@@ -42,12 +42,15 @@ class _CudaAnswersAsCpu(TorchFunctionMode):
     ) -> Any:
         """Run one torch function with CUDA devices replaced."""
         kwargs = kwargs or {}
+        # The identity, so that a tensor keeps its storage and its place in the graph.
         if func is torch.Tensor.cuda:
             return args[0]
+        # megatron-core sorts gradients into buffers by this string; with an argument it is a conversion.
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": _as_cpu(kwargs["device"])}
+        # Devices come positionally too: `tensor.to("cuda")`.
         if any(isinstance(arg, str | torch.device) for arg in args):
             args = tuple(_as_cpu(arg) for arg in args)
         return func(*args, **kwargs)
@@ -79,6 +82,7 @@ def _no_stream(stream: Any) -> Iterator[None]:
 def install_cpu_adapter() -> None:
     """Make the CPU answer for CUDA in this thread; without effect where CUDA is available or already
     answered."""
+    # Entered twice, every torch function would be rewritten twice.
     if torch.cuda.is_available() or torch.cuda.current_device is _current_device:
         return
     for owner, name, stand_in in (
@@ -99,6 +103,7 @@ def install_cpu_adapter() -> None:
     _patch_lazy_call()
     # "CPU RNG state changed within GPU RNG context": here they are one generator, by design.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    # Never left: gradients are computed long after any `with` block would have ended.
     _CudaAnswersAsCpu().__enter__()
 
 
@@ -106,6 +111,7 @@ def _patch_lazy_call() -> None:
     """CUDA queues generator updates until its first use, which never comes here: run them at once."""
     from megatron.core.tensor_parallel import random
 
+    # megatron-core has imported the name, so changing its origin alone would not reach it.
     for module in (torch.cuda, random):
         vars(module)["_lazy_call"] = _call_now
 

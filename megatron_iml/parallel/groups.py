@@ -74,10 +74,12 @@ def start_distributed(config: Config) -> Layout:
         )
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
+    # Before any NCCL call, which would else open a context on device 0 from every rank.
     if on_gpu:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if not dist.is_initialized():
+        # Without a launcher there is no address to meet at, and a fixed port would clash with another run.
         alone = world_size == 1 and "MASTER_ADDR" not in os.environ
         dist.init_process_group(
             backend="nccl" if on_gpu else "gloo",
@@ -85,6 +87,7 @@ def start_distributed(config: Config) -> Layout:
             world_size=world_size,
             store=dist.HashStore() if alone else None,
             timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
+            # Connects at once: a broken fabric shows here, not in the first step.
             device_id=device if on_gpu else None,
         )
     return place_in_grid(config, device)
@@ -101,6 +104,7 @@ def place_in_grid(config: Config, device: torch.device) -> Layout:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        # megatron-core takes whole minutes, and 0 would end every collective.
         distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
     )
     # The block forks this tracker under sequence parallelism. Our masks never draw from it.

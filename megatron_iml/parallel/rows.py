@@ -24,6 +24,7 @@ def deal_rows(costs: Sequence[float], data_parallel_size: int) -> list[list[int]
     rows_per_rank, rest = divmod(len(costs), data_parallel_size)
     assert rest == 0, f"{len(costs)} rows cannot be dealt evenly to {data_parallel_size} ranks"
     dealt: list[list[int]] = [[] for _ in range(data_parallel_size)]
+    # Already a heap. Ties go to the lower rank, so that all ranks deal alike.
     loads = [(0.0, rank) for rank in range(data_parallel_size)]
     for row in sorted(range(len(costs)), key=lambda row: (-costs[row], row)):
         load, rank = heapq.heappop(loads)
@@ -31,4 +32,5 @@ def deal_rows(costs: Sequence[float], data_parallel_size: int) -> list[list[int]
         # A full rank leaves the heap; there is always another, because the counts are equal.
         if len(dealt[rank]) < rows_per_rank:
             heapq.heappush(loads, (load + costs[row], rank))
+    # In the order of the plan: gradients are then summed in one order for one data-parallel size.
     return [sorted(rows) for rows in dealt]

@@ -24,6 +24,7 @@ class Adam(torch.optim.Optimizer):
             groups: megatron-core's parameter groups; each has `params` (fp32 shards), `lr` and
             `weight_decay`. betas: decay of the two moments. eps: added to the root of the second moment.
         """
+        # torch refuses an optimizer without parameters; this one is replaced below.
         super().__init__([torch.nn.Parameter(torch.empty(0))], {"betas": betas, "eps": eps})
         # The shards are views of the gradient buffer, not leaves, which add_param_group would refuse.
         self.param_groups = groups
@@ -47,6 +48,7 @@ class Adam(torch.optim.Optimizer):
                 [self.state[param]["exp_avg"] for param in params],
                 [self.state[param]["exp_avg_sq"] for param in params],
                 max_exp_avg_sqs=[],
+                # torch's kernel wants one counter per tensor, on the tensors' device.
                 state_steps=list(params[0].new_full((len(params),), updates_before).unbind()),
                 fused=True,
                 amsgrad=False,
@@ -66,6 +68,7 @@ class Adam(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's format, with the count repeated for every parameter as megatron-core expects to read it."""
+        # A fresh process loads into this state before its first step.
         for group in self.param_groups:
             self._create_state(group["params"])
         packed = super().state_dict()

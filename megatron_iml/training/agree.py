@@ -29,6 +29,7 @@ def on_every_rank(action: Callable[[], Result]) -> Result:
     except (ValueError, OSError) as error:
         # An error without words must still count as one.
         message = str(error) or repr(error)
+    # Also when all is well: the ranks cannot know that before they have asked.
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     failed = {

@@ -52,6 +52,7 @@ class Engine:
         """
         for chunk in self.wrapped:
             chunk.train(not forward_only)
+        # Asked each time: it depends on groups that tests rebuild in one process.
         schedule = get_forward_backward_func()
         return schedule(
             forward_step_func=_forward_step,
@@ -66,12 +67,14 @@ class Engine:
     def gather_weights(self) -> None:
         """Finish a parameter gather that would otherwise overlap the next forward; weights are whole after
         this."""
+        # Without overlap the optimizer has gathered them in its own step.
         if self.config.parallel.overlap_param_gather:
             for chunk in self.wrapped:
                 chunk.start_param_sync(force_sync=True)
 
     def zero_gradients(self) -> None:
         """Clear the gradient buffers before a step."""
+        # The optimizer alone would leave the fp32 buffers that gradients are summed in.
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -87,6 +90,7 @@ def _forward_step(
     counts of all micro-batches and data ranks and divides the gradients once by the total, instead of
     averaging averages.
     """
+    # On every stage: middle ones need the bounds and dropout keys of the row.
     output = chunk(next(batches))
     losses = output if isinstance(output, TargetLosses) else None
 

@@ -52,9 +52,11 @@ def _train_steps(run: Run, reporter: Reporter) -> int:
         due_rows = range(state.rows_consumed, state.rows_consumed + num_rows)
         rows = step_rows(run.train_loader, due_rows, config, layout)
         result = train_step(engine, rows, rate)
+        # Skipped fp16 steps count too: their rows are consumed and the schedule goes on.
         state = RunState(state.step + 1, state.rows_consumed + num_rows, state.plan_fingerprint)
         seconds = time.perf_counter() - began
         reporter.step(step_row(state.step, rate, rows, result, seconds, run))
+        # After the step, so that the checkpoint holds it; asked of all, so that nobody saves alone.
         stopped = stop.agreed(layout.device)
         is_last = state.step == steps
         # A signal leaves minutes: they are for the checkpoint, unless this is the last chance to validate.
@@ -62,8 +64,10 @@ def _train_steps(run: Run, reporter: Reporter) -> int:
         # Before the save: a checkpoint that is there never lacks its validation in the trace.
         if run.validation_loaders and wants_validation:
             reporter.validation(state.step, validation_losses(engine, run.validation_loaders))
+        # Once, whichever reasons meet: a second save of a step would start by removing the first.
         if is_last or stopped or _due(state.step, config.checkpoint.save_interval):
             reporter.say(f"  saving {run.store.save(engine, state)}")
+        # A finished save is marked complete here, at most one step late.
         run.store.poll()
     return state.step
 

@@ -46,6 +46,7 @@ class PaddedBucketOptimizer(DistributedOptimizer):
         for index, buffer in enumerate(self.buffers):
             for tensors in state[index].values():
                 for key, packed in tensors.items():
+                    # Beside the packed states lie plain numbers about the buffer.
                     if isinstance(packed, torch.Tensor) and packed.dim() == 1:
                         tensors[key] = _restore_padding(packed, buffer)
         return state
@@ -66,6 +67,7 @@ def _restore_padding(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
 def wrap_model(chunks: Sequence[OPTModel], config: Config) -> list[DistributedDataParallel]:
     """Give each chunk its gradient buffers, summed over data ranks in fp32."""
     ddp_config = DistributedDataParallelConfig(
+        # bf16 sums over hundreds of micro-batches lose what small gradients add.
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
@@ -110,6 +112,7 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) 
     for optimizer in chained.chained_optimizers:
         assert type(optimizer) is DistributedOptimizer, f"unexpected optimizer {type(optimizer).__name__}"
         optimizer.optimizer = Adam(optimizer.optimizer.param_groups, betas, optimizer_config.adam_eps)
+        # megatron-core offers no way to name the class; state and attributes stay as built.
         optimizer.__class__ = PaddedBucketOptimizer
     connect_schedule(wrapped, chained, config)
     return chained
@@ -120,11 +123,14 @@ def connect_schedule(
 ) -> None:
     """Tell megatron-core's pipeline schedules how to scale losses and reduce gradients."""
     engine_config = wrapped[0].config
+    # 1 outside fp16; `model/head.py` asks it too, for gradients it makes in the forward.
     engine_config.grad_scale_func = optimizer.scale_loss
     engine_config.finalize_model_grads_func = finalize_model_grads
+    # Gradients are reduced once a step, in the last micro-batch.
     engine_config.no_sync_func = (
         [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     )
+    # Interleaved, the schedule itself knows when a chunk's last gradient is there.
     if config.parallel.overlap_grad_reduce and len(wrapped) > 1:
         engine_config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
     if config.parallel.overlap_param_gather and len(wrapped) > 1:

@@ -75,8 +75,10 @@ def prepare(config: Config, layout: Layout) -> Run:
     # From here on ranks wait for one another in collectives, so nothing below is a user's to get wrong.
     engine = build_engine(config, layout)
     state, start = _fill(engine, newest, plan.fingerprint)
+    # After the weights: what uninitialised ones give proves nothing.
     if config.training.self_test:
         run_self_test(engine)
+    # Last, so that a refused run leaves nothing behind.
     if layout.rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
         save_config(config, directory / "config.yaml")
@@ -103,6 +105,7 @@ def _open_data(config: Config) -> tuple[Loader, dict[str, Loader]]:
 
 def open_loader(corpus_folder: Path, plan_folder: Path, config: Config) -> Loader:
     """Map a corpus and its plan, and check both against the model."""
+    # Mapped, not read: every rank may open them.
     corpus, plan = Corpus.open(corpus_folder), Plan.open(plan_folder)
     if plan.row_length != config.data.row_length:
         raise ValueError(
@@ -115,6 +118,7 @@ def open_loader(corpus_folder: Path, plan_folder: Path, config: Config) -> Loade
             f"model.max_position_embeddings is {config.model.max_position_embeddings}: build the plan with "
             f"--max-positions {config.model.max_position_embeddings}"
         )
+    # An id beyond the table is an illegal access on a GPU, far from its cause.
     if corpus.padded_vocab_size != config.model.vocab_size:
         raise ValueError(
             f"corpus {corpus_folder} was written with a vocabulary of {corpus.padded_vocab_size} ids "

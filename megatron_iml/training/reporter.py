@@ -90,8 +90,10 @@ class Reporter:
 
     def _write(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")
+        # A killed run keeps every step it has taken.
         self.file.flush()
         for name, value in (row.get("validation") or row).items():
+            # Counts and flags stay in metrics.jsonl: they make no curve.
             if isinstance(value, float):
                 tag = f"validation_loss/{name}" if "validation" in row else f"train/{name}"
                 self.tensorboard.add_scalar(tag, value, row["step"])
@@ -127,6 +129,7 @@ def step_line(row: dict[str, Any], steps: int) -> str:
 def _rows_up_to(path: Path, step: int) -> list[str]:
     """Lines of an earlier try up to the step it resumes from; a half written last line is dropped."""
     kept: list[str] = []
+    # A run that starts at 0 owns the folder: what lies there never reached a checkpoint.
     if step and path.is_file():
         for line in path.read_text().splitlines(keepends=True):
             if not line.endswith("\n") or json.loads(line)["step"] > step:

@@ -41,6 +41,7 @@ class StepRows:
             layout = row.layout if isinstance(row, Row) else row
             crc = zlib.crc32(np.int64(layout.index).tobytes(), crc)
             crc = zlib.crc32(layout.end_T.tobytes(), crc)
+            # Not the tokens: middle stages have none.
             crc = zlib.crc32(layout.positions_T.tobytes(), crc)
         return crc
 
@@ -68,6 +69,7 @@ def step_rows(loader: Loader, rows: range, config: Config, layout: Layout) -> St
     # Interleaved stages take turns in groups of pipeline_size micro-batches.
     group = layout.data_size * (layout.pipeline_size if layout.virtual_size > 1 else 1)
     own = deal_rows([*costs, *[0.0] * (-len(rows) % group)], layout.data_size)[layout.data_rank]
+    # Middle stages need no token, so they touch no page of the corpus.
     read = loader.row if layout.is_first_stage or layout.is_last_stage else loader.layout
     documents = np.concatenate([row["document"] for row in entries])
     return StepRows(

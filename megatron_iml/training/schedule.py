@@ -15,7 +15,9 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
         config: peak, minimum and warm-up.
     """
     peak, lowest, warmup = config.learning_rate, config.min_learning_rate, config.warmup_steps
+    # + 1, so that the first step already moves.
     if step < warmup:
         return peak * (step + 1) / warmup
+    # A warm-up as long as the run leaves nothing to decay.
     remaining = (steps - step) / max(steps - warmup, 1)
     return lowest + (peak - lowest) * max(min(remaining, 1.0), 0.0)

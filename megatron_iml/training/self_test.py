@@ -46,7 +46,9 @@ def run_self_test(engine: Engine) -> None:
     for changed, may_differ in ((1, {1}), (TRUNK, {TRUNK, *BRANCHES}), (BRANCHES[0], {BRANCHES[0]})):
         after = _trace(engine, _row(engine, _change(pieces, changed, model.vocab_size)))
         problems += _compare(engine, pieces, before, after, changed, may_differ)
+    # What the test left in the buffers would be added to the first step.
     engine.zero_gradients()
+    # Gathered, because a leak shows on one stage only and all must stop.
     everyone: list[list[str]] = [[] for _ in range(engine.layout.world_size)]
     dist.all_gather_object(everyone, problems)
     if any(everyone):
@@ -60,6 +62,7 @@ def run_self_test(engine: Engine) -> None:
 def sample_documents(row_length: int, vocab_size: int, max_positions: int) -> list[Piece]:
     """Six documents of odd lengths that leave some padding; every token after the first is a target or
     source."""
+    # The same documents on every rank, without a broadcast; ids from 4 on are no special tokens.
     rng = np.random.default_rng(0)
     # The longest takes 3 units; rows may be longer than any document can be.
     unit = max(min(row_length // 16, max_positions // 3), 3)
@@ -98,12 +101,14 @@ def _trace(engine: Engine, row: Row) -> Trace:
     gradients: list[Tensor] = []
 
     def keep_gradient(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # A clone: the gradient's memory may be reused once the backward is through.
         output.register_hook(lambda gradient: gradients.append(gradient.clone()))
 
     hooks = [engine.chunks[0].embedding.register_forward_hook(keep_gradient)] if layout.is_first_stage else []
     engine.zero_gradients()
     batches = [[to_device(row, layout.device)] * layout.pipeline_size for _ in range(layout.virtual_size)]
     losses = engine.run([iter(chunk) for chunk in batches], layout.pipeline_size, forward_only=False)
+    # Left in place it would keep every later gradient alive.
     for hook in hooks:
         hook.remove()
     return Trace(

@@ -23,6 +23,7 @@ class StopRequest:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        # Nothing more: a collective inside a handler would interrupt another one.
         self.received = True
 
     def agreed(self, device: torch.device) -> bool:

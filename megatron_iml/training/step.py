@@ -36,6 +36,7 @@ def train_step(engine: Engine, rows: StepRows, learning_rate: float) -> StepResu
     engine.zero_gradients()
     losses = engine.run(rows.micro_batches(engine.layout), len(rows.rows), forward_only=False)
     loss_sum, num_targets = sum_over_ranks(engine, losses)
+    # Before the update: weights that saw wrong targets are not worth saving.
     check_targets(num_targets, rows)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -76,6 +77,7 @@ def sum_over_ranks(engine: Engine, losses: list[Tensor]) -> tuple[float, int]:
 def check_same_rows(engine: Engine, rows: StepRows) -> None:
     """All ranks that share a row must read the same layout of it; a middle stage that does not would leak
     silently."""
+    # All tensor and pipeline ranks of one replica; other replicas run other rows.
     group = engine.layout.groups.mp
     digest = torch.tensor([rows.digest()], dtype=torch.int64, device=engine.layout.device)
     digests = [torch.empty_like(digest) for _ in range(group.size())]

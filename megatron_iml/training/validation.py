@@ -19,6 +19,7 @@ def validation_losses(engine: Engine, loaders: Mapping[str, Loader]) -> dict[str
     losses = {}
     for level, loader in loaders.items():
         rows = step_rows(loader, range(loader.plan.num_rows), engine.config, engine.layout)
+        # A middle stage with another plan would mix documents here as in training.
         check_same_rows(engine, rows)
         per_row = engine.run(rows.micro_batches(engine.layout), len(rows.rows), forward_only=True)
         loss_sum, num_targets = sum_over_ranks(engine, per_row)
