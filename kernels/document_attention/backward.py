@@ -5,10 +5,10 @@ With P the probabilities, m their dropout factor (0 or 1 / (1 - p)) and O the ou
     delta[i] = sum_d dO[i,d] O[i,d]         dP = m * (dO V^T)          dS = P * (dP - delta)
     dQ = softmax_scale * dS K               dK = softmax_scale * dS^T Q                dV = (m * P)^T dO
 
-P is recomputed from `lse2` of the forward: P = exp2(scale2 * Q K^T - lse2). A program owns 64 slots and writes
-their dQ, dK and dV: as queries it visits the key tiles left of its diagonal, as keys the query tiles below it,
-and the tile on the diagonal, half of all work where documents are short, serves all three at once. Each sum
-has one owner and one order, so a repeat is equal bit for bit, without atomics.
+P is recomputed from `lse2` of the forward: P = exp2(scale2 * Q K^T - lse2). A program owns 64 slots and
+writes their dQ, dK and dV: as queries it visits the key tiles left of its diagonal, as keys the query tiles
+below it, and the tile on the diagonal, half of all work where documents are short, serves all three at once.
+Each sum has one owner and one order, so a repeat is equal bit for bit, without atomics.
 
 As in the forward, 0 * NaN is NaN: a gradient tile with a NaN in it is computed once more with whatever is not
 finite taken out, and the slots that do see such a value become NaN.
@@ -82,7 +82,8 @@ def _transposed_scores(
     scale2, dropout_key, keep_threshold, keep_scale, head,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of own keys [R] and visiting queries [C], both [R, C]: dropped probabilities m * P and dS, transposed."""
+    """Of own keys [R] and visiting queries [C], both [R, C]: dropped probabilities m * P and dS,
+    transposed."""
     R: tl.constexpr = k_RD.shape[0]
     C: tl.constexpr = q_CD.shape[0]
     queries_C = first_query + tl.arange(0, C)
@@ -210,9 +211,9 @@ def _backward(
     )  # fmt: skip
     if holds_nan(dk_RD) | holds_nan(dv_RD):
         dk_RD, dv_RD = _key_value_gradients(
-            zero_RD, zero_RD, k_RD, v_RD, q_ptr, stride_t, grad_ptr, grad_stride_t, lse2_ptr, delta_ptr, end_R,
-            first, first, stop, common_stop, tokens, scale2, dropout_key, keep_threshold, keep_scale, plane,
-            C, HEAD_DIM, DROPOUT, PRECISION, True,
+            zero_RD, zero_RD, k_RD, v_RD, q_ptr, stride_t, grad_ptr, grad_stride_t, lse2_ptr, delta_ptr,
+            end_R, first, first, stop, common_stop, tokens, scale2, dropout_key, keep_threshold, keep_scale,
+            plane, C, HEAD_DIM, DROPOUT, PRECISION, True,
         )  # fmt: skip
     store_tile(d_q_ptr + HEAD_DIM, d_stride_t, first, tokens, dk_RD * scale, HEAD_DIM)
     store_tile(d_q_ptr + 2 * HEAD_DIM, d_stride_t, first, tokens, dv_RD, HEAD_DIM)

@@ -135,6 +135,4 @@ def problem_of(
     probability: float, first_head: int,
 ) -> Problem:  # fmt: skip
     """Gather an op's flat arguments."""
-    return Problem(
-        qkv_TH3D, end_T, TileSchedule(*schedule), dropout_key, scale, probability, first_head
-    )
+    return Problem(qkv_TH3D, end_T, TileSchedule(*schedule), dropout_key, scale, probability, first_head)

@@ -128,6 +128,8 @@ def _require(qkv: Tensor, bounds: DocumentBounds, scale: float, probability: flo
             f"torch.int32 {(shape[0],)} on {qkv.device}, like qkv; build the bounds from the row's own end"
         )
     if not scale > 0.0:
-        raise ValueError(f"document_attention: softmax_scale is {scale}; it must be above 0, try {shape[3]}**-0.5")
+        raise ValueError(
+            f"document_attention: softmax_scale is {scale}; it must be above 0, try {shape[3]}**-0.5"
+        )
     if not 0.0 <= probability < 1.0:
         raise ValueError(f"document_attention: dropout_probability is {probability}; allowed: 0 <= p < 1")
