@@ -38,6 +38,10 @@ class TileSchedule:
     """Of the slots of tile q as columns: one past the last row that sees any of them."""
     common_stop_Q: Tensor
     """Likewise: one past the last row that sees all of them (0 in a tile that the row's end cuts)."""
+    forward_order_Q: Tensor
+    """Query tiles, most key tiles first: long work must not start last."""
+    backward_order_Q: Tensor
+    """The same by key tiles visited plus query tiles that visit."""
 
     @classmethod
     def from_end(cls, end_T: Tensor, rows: int = QUERY_TILE, columns: int = KEY_TILE) -> "TileSchedule":
@@ -59,17 +63,18 @@ class TileSchedule:
         masked_QK = (ends_KC.amin(1) < first_row_Q1 + rows) | on_diagonal_QK
         # Stable: tiles with something to see move to the front and stay ascending.
         order_QK = torch.argsort(sees_QK, dim=1, descending=True, stable=True)
+        num_Q = sees_QK.sum(1)
         ends_QR = padded_T.view(-1, rows)
+        stop_Q = ends_QR.amax(1)
+        visits_Q = num_Q + (stop_Q - first_row_Q1[:, 0]).clamp(min=0) // columns
         return cls(
             key_tiles_QK=(2 * order_QK + masked_QK.gather(1, order_QK)).int(),
-            num_key_tiles_Q=sees_QK.sum(1).int(),
-            stop_Q=ends_QR.amax(1),
+            num_key_tiles_Q=num_Q.int(),
+            stop_Q=stop_Q,
             common_stop_Q=ends_QR.amin(1),
+            forward_order_Q=torch.argsort(num_Q, descending=True, stable=True).int(),
+            backward_order_Q=torch.argsort(visits_Q, descending=True, stable=True).int(),
         )
-
-    def tensors(self) -> list[Tensor]:
-        """The fields in order: `TileSchedule(*schedule.tensors())` is the schedule again."""
-        return [self.key_tiles_QK, self.num_key_tiles_Q, self.stop_Q, self.common_stop_Q]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ T slots of the row, H heads here, D head size.
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -29,13 +30,11 @@ def _attention(
     qkv: Tensor, end: Tensor, schedule: Sequence[Tensor], dropout_key: Tensor, softmax_scale: float,
     dropout_probability: float, first_head: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    # Asked here, not where the op is called: torch.compile cannot look into Triton, nor see addresses.
-    require_kernel_device("document_attention", qkv)
-    _require_alignment(qkv)
-    from .launch import Problem, launch_forward
+    from .launch import launch_forward, problem_of
 
-    numbers = (softmax_scale, dropout_probability, first_head)
-    return launch_forward(Problem(qkv, end, TileSchedule(*schedule), dropout_key, *numbers))
+    return launch_forward(
+        problem_of(qkv, end, schedule, dropout_key, softmax_scale, dropout_probability, first_head)
+    )
 
 
 @torch.library.custom_op("megatron_iml::document_attention_backward", mutates_args=())
@@ -43,11 +42,12 @@ def _attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse2: Tensor, end: Tensor, schedule: Sequence[Tensor],
     dropout_key: Tensor, softmax_scale: float, dropout_probability: float, first_head: int,
 ) -> Tensor:  # fmt: skip
-    from .launch import Problem, launch_backward
+    from .launch import launch_backward, problem_of
 
-    numbers = (softmax_scale, dropout_probability, first_head)
-    problem = Problem(qkv, end, TileSchedule(*schedule), dropout_key, *numbers)
-    return launch_backward(problem, out, lse2, grad.contiguous())
+    if grad.stride(2) != 1:
+        grad = grad.contiguous()
+    problem = problem_of(qkv, end, schedule, dropout_key, softmax_scale, dropout_probability, first_head)
+    return launch_backward(problem, out, lse2, grad)
 
 
 @_attention.register_fake
@@ -103,20 +103,24 @@ def document_attention(
     Raises:
         ValueError: an argument outside of what is said above.
     """
+    require_kernel_device("document_attention", qkv_TH3D)
     _require(qkv_TH3D, bounds, softmax_scale, dropout_probability)
     if isinstance(dropout_key, int):
         dropout_key = key_tensor(dropout_key, qkv_TH3D.device)
-    numbers = (softmax_scale, dropout_probability, first_head)
-    out_THD, _ = _attention(qkv_TH3D, bounds.end_T, bounds.schedule.tensors(), dropout_key, *numbers)
+    schedule = [getattr(bounds.schedule, field.name) for field in fields(TileSchedule)]
+    out_THD, _ = _attention(
+        qkv_TH3D, bounds.end_T, schedule, dropout_key, softmax_scale, dropout_probability, first_head
+    )
     return out_THD
 
 
 def _require(qkv: Tensor, bounds: DocumentBounds, scale: float, probability: float) -> None:
     shape, end = tuple(qkv.shape), bounds.end_T
-    if qkv.dim() != 4 or shape[2] != 3 or not 1 <= shape[3] <= LARGEST_HEAD_DIM:
+    if qkv.dim() != 4 or shape[2] != 3 or not 1 <= shape[3] <= LARGEST_HEAD_DIM or qkv.stride(3) != 1:
         raise ValueError(
-            f"document_attention: qkv has shape {shape}; allowed: [tokens, heads, 3, head size 1 to "
-            f"{LARGEST_HEAD_DIM}]; view the fused projection as such"
+            f"document_attention: qkv has shape {shape} and strides {qkv.stride()}; allowed: [tokens, heads, "
+            f"3, head size 1 to {LARGEST_HEAD_DIM}] with stride 1 in the last dimension; view the fused "
+            "projection as such"
         )
     if (tuple(end.shape), end.dtype, end.device) != ((shape[0],), torch.int32, qkv.device):
         raise ValueError(
@@ -125,18 +129,7 @@ def _require(qkv: Tensor, bounds: DocumentBounds, scale: float, probability: flo
         )
     if not scale > 0.0:
         raise ValueError(
-            f"document_attention: softmax_scale is {scale}; it must be above 0, usually {shape[3]} ** -0.5"
+            f"document_attention: softmax_scale is {scale}; it must be above 0, try {shape[3]}**-0.5"
         )
     if not 0.0 <= probability < 1.0:
         raise ValueError(f"document_attention: dropout_probability is {probability}; allowed: 0 <= p < 1")
-
-
-def _require_alignment(qkv: Tensor) -> None:
-    """The copy engine counts in 16 bytes."""
-    steps = (qkv.data_ptr(), *(step * qkv.element_size() for step in (*qkv.stride()[:3], qkv.shape[3])))
-    if qkv.stride(3) != 1 or any(step % 16 for step in steps):
-        raise ValueError(
-            f"document_attention: qkv has strides {qkv.stride()}, head size {qkv.shape[3]}, address "
-            f"{qkv.data_ptr()}; allowed: stride 1 in the last dimension, the rest multiples of 16 bytes; "
-            "pass a contiguous projection, with a padded head size if need be"
-        )
