@@ -16,6 +16,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,8 @@ def _start_results_process() -> None:
     A launcher that stops a job signals all its processes. The ranks then save a last time; without this they
     would find that process dead and lose the checkpoint.
     """
+    # multiprocessing starts its resource tracker on first use and then unblocks SIGTERM: let it do so before.
+    resource_tracker.ensure_running()
     # A blocked signal stays blocked in what is started now; here it waits and is delivered afterwards.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     try:
