@@ -1,0 +1,309 @@
+"""The Triton kernels against fp64 within the error budget, on forests; isolation, repeats, masks, refusals.
+
+Sizes: one slot, one less and one more than a tile of 64, documents of one slot, one document over several
+tiles, nothing but padding, forests whose trunks and branches cut tiles anywhere. Documents of one slot alone
+have a test of their own: there plain torch is exact, since its softmax is 1, so twice its error is no budget.
+"""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import DEVICE, DTYPES, assert_repeats_equal, normal
+from torch import Tensor
+
+from megatron_iml.kernels.document_attention import (
+    DocumentBounds,
+    document_attention,
+    document_attention_reference,
+)
+from megatron_iml.kernels.philox import keep_mask, key_tensor
+from megatron_iml.kernels.testing import (
+    assert_op_within_budget,
+    documents_end,
+    max_error,
+    nan_poison,
+    random_forest_end,
+    run_op,
+    tree_end,
+)
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+KEY = 2**63 + 12345  # as an int64 it is negative
+FIRST_HEAD = 3
+
+ENDS = {
+    "63 slots": documents_end([63]),
+    "65 slots": documents_end([65]),
+    "documents of one slot": documents_end([1] * 70 + [9]),
+    "one document over three tiles": documents_end([150]),
+    "padding only": documents_end([], padding=66),
+    "padding behind": documents_end([5, 60, 1, 70], padding=9),
+    "trunk and branches": tree_end(70, [3, 80, 1, 30]),
+    "forest": random_forest_end(5, 150, 60),
+    "forest of short trees": random_forest_end(11, 131, 9),
+}
+
+
+def visible(end_T: Tensor) -> Tensor:
+    """The formula: row sees column if and only if column <= row < end[column]."""
+    index_T = torch.arange(end_T.numel(), device=end_T.device)
+    return (index_T <= index_T[:, None]) & (index_T[:, None] < end_T)
+
+
+def keep(tokens: int, heads: int, probability: float) -> Tensor:
+    index_T = torch.arange(tokens, device=DEVICE)
+    planes_H = torch.arange(FIRST_HEAD, FIRST_HEAD + heads, device=DEVICE)
+    return keep_mask(KEY, probability, index_T, index_T, planes_H)
+
+
+def dense_attention(end_T: Tensor, probability: float, qkv: Tensor) -> tuple[Tensor]:
+    """What a model without kernels computes: a mask over the whole row, each step rounded to the type."""
+    q, k, v = qkv.permute(2, 1, 0, 3)
+    sees_TT = visible(end_T)
+    scores = (q @ k.transpose(1, 2) * qkv.shape[3] ** -0.5).masked_fill(~sees_TT, float("-inf"))
+    probabilities = torch.softmax(scores.masked_fill(~sees_TT.any(1)[:, None], 0.0), -1) * sees_TT
+    if probability > 0.0:
+        probabilities = probabilities * keep(end_T.numel(), q.shape[0], probability) / (1.0 - probability)
+    return ((probabilities @ v).transpose(0, 1),)
+
+
+def attend(
+    end_T: Tensor, probability: float, qkv: Tensor, op: Callable[..., Tensor] = document_attention
+) -> tuple[Tensor]:
+    bounds = DocumentBounds.from_end(end_T)
+    return (op(qkv, bounds, qkv.shape[3] ** -0.5, probability, KEY, FIRST_HEAD),)
+
+
+def hold_to_budget(
+    end_T: Tensor, heads: int, head_dim: int, dtype: torch.dtype, probability: float = 0.0, seed: int = 1
+) -> None:
+    end_T, tokens = end_T.to(DEVICE), end_T.numel()
+    reference = functools.partial(attend, end_T, probability, op=document_attention_reference)
+    assert_op_within_budget(
+        functools.partial(attend, end_T, probability),
+        functools.partial(dense_attention, end_T, probability),
+        reference,
+        {"qkv": normal(tokens, heads, 3, head_dim, seed=seed, dtype=dtype)},
+        [normal(tokens, heads, head_dim, seed=seed + 1, dtype=dtype).detach()],
+    )
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_within_the_budget(dtype: torch.dtype, name: str) -> None:
+    hold_to_budget(ENDS[name], 2, 16, dtype)
+
+
+def test_a_document_of_one_slot_is_its_value() -> None:
+    qkv = normal(1, 2, 3, 16, seed=1, dtype=torch.float32)
+    gradient = normal(1, 2, 16, seed=2, dtype=torch.float32).detach()
+    with nan_poison():
+        found = run_op(
+            functools.partial(attend, documents_end([1]).to(DEVICE), 0.0), {"qkv": qkv}, [gradient]
+        )
+    # A few roundings of sums of 16 products of order 1.
+    close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=4e-6)
+    close(found["output 0"], qkv[:, :, 2])
+    close(found["gradient of qkv"][:, :, 2], gradient)
+    close(found["gradient of qkv"][:, :, :2], torch.zeros_like(qkv[:, :, :2]))
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_sizes(dtype: torch.dtype, head_dim: int) -> None:
+    hold_to_budget(ENDS["forest of short trees"], 1, head_dim, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout(dtype: torch.dtype) -> None:
+    # Were one element's mask another than the definition's, the error would be of order 1.
+    hold_to_budget(ENDS["forest"], 2, 16, dtype, probability=0.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("probability", [0.0, 0.1])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_real_sizes(dtype: torch.dtype, head_dim: int, probability: float) -> None:
+    for seed in range(3):
+        hold_to_budget(random_forest_end(seed, 3001, 2048), 3, head_dim, dtype, probability, seed)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**31), tokens=st.integers(1, 200), longest=st.integers(1, 100))
+def test_random_forests(seed: int, tokens: int, longest: int) -> None:
+    hold_to_budget(random_forest_end(seed, tokens, longest), 1, 16, torch.float16, seed=seed % 1000)
+
+
+@pytest.mark.gpu
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), tokens=st.integers(1, 5000), longest=st.integers(1, 2048))
+def test_random_forests_of_real_lengths(seed: int, tokens: int, longest: int) -> None:
+    hold_to_budget(random_forest_end(seed, tokens, longest), 2, 64, torch.bfloat16, seed=seed % 1000)
+
+
+def test_the_mask_is_the_definitions_bit_for_bit() -> None:
+    # Uniform attention over one document, values the unit vectors: the output is the mask itself.
+    tokens, probability = 96, 0.25
+    qkv = torch.zeros(tokens, 2, 3, 96, device=DEVICE)
+    qkv[:, :, 2] = torch.eye(tokens, device=DEVICE)[:, None]
+    (out_THD,) = attend(documents_end([tokens]).to(DEVICE), probability, qkv)
+    causal = visible(documents_end([tokens]).to(DEVICE))
+    expected_HTT = keep(tokens, 2, probability) & causal
+    assert torch.equal(out_THD.transpose(0, 1) != 0, expected_HTT)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["query", "key", "value", "gradient"])
+def test_what_is_not_finite_reaches_nobody_who_does_not_see_it(place: str, value: float) -> None:
+    end_T = ENDS["forest"].to(DEVICE)
+    sees_TT, tokens = visible(end_T), end_T.numel()
+    gradient = normal(tokens, 2, 16, seed=2, dtype=torch.float32).detach()
+    op = functools.partial(attend, end_T, 0.0)
+    qkv = normal(tokens, 2, 3, 16, seed=1, dtype=torch.float32)
+    clean = run_op(op, {"qkv": qkv}, [gradient])
+    for slot in (0, 70, 101, 149):
+        spoilt_qkv, spoilt_gradient = qkv.detach().clone(), gradient.clone()
+        if place == "gradient":
+            spoilt_gradient[slot, 0, 3] = value
+        else:
+            spoilt_qkv[slot, 0, ["query", "key", "value"].index(place), 3] = value
+        spoilt = run_op(op, {"qkv": spoilt_qkv.requires_grad_()}, [spoilt_gradient])
+        # Rows that see the slot may change, and the gradients of all that those rows see.
+        itself_T = torch.arange(tokens, device=DEVICE) == slot
+        rows_T = sees_TT[:, slot] | itself_T if place in ("key", "value") else itself_T
+        seen_T = sees_TT[rows_T].any(0) | rows_T
+        out, d_qkv = spoilt["output 0"], spoilt["gradient of qkv"]
+        assert torch.equal(out[~rows_T], clean["output 0"][~rows_T])
+        assert torch.equal(d_qkv[~seen_T], clean["gradient of qkv"][~seen_T])
+        assert torch.equal(out[:, 1], clean["output 0"][:, 1]), "the other head changed"
+        assert torch.equal(d_qkv[:, 1], clean["gradient of qkv"][:, 1]), "the other head changed"
+        # And nothing hides it from those who do see it.
+        if place != "gradient" and value != value:
+            assert out[rows_T, 0].isnan().any(1).all()
+        assert not d_qkv[slot, 0].isfinite().all()
+
+
+def test_other_documents_keep_their_bits() -> None:
+    end_T = ENDS["padding behind"].to(DEVICE)
+    gradient = normal(end_T.numel(), 2, 16, seed=2, dtype=torch.float16).detach()
+    op = functools.partial(attend, end_T, 0.1)
+    qkv = normal(end_T.numel(), 2, 3, 16, seed=1, dtype=torch.float16)
+    clean = run_op(op, {"qkv": qkv}, [gradient])
+    with torch.no_grad():
+        qkv[5:65] *= 7  # the second document
+    changed = run_op(op, {"qkv": qkv}, [gradient])
+    others = [*range(5), *range(65, end_T.numel())]
+    for name, value in clean.items():
+        assert torch.equal(value[others], changed[name][others])
+        assert not torch.equal(value, changed[name])
+
+
+@pytest.mark.parametrize(
+    "layout", ["fused projection", "heads outermost", "parts outermost", "a slice of a wider row"]
+)
+def test_strides_are_free(layout: str) -> None:
+    end_T = ENDS["padding behind"].to(DEVICE)
+    tokens = end_T.numel()
+    qkv = {
+        "fused projection": normal(tokens, 1, 2 * 3 * 16, seed=1, dtype=torch.float32).view(tokens, 2, 3, 16),
+        "heads outermost": normal(2, tokens, 3, 16, seed=1, dtype=torch.float32).transpose(0, 1),
+        "parts outermost": normal(tokens, 3, 2, 16, seed=1, dtype=torch.float32).transpose(1, 2),
+        "a slice of a wider row": normal(tokens, 4, 4, 16, seed=1, dtype=torch.float32)[:, 1:3, 1:],
+    }[layout].detach()
+    gradient = normal(2, tokens, 16, seed=2, dtype=torch.float32).detach().transpose(0, 1)
+    op = functools.partial(attend, end_T, 0.0)
+    strided = run_op(op, {"qkv": qkv.requires_grad_()}, [gradient])
+    packed = run_op(op, {"qkv": qkv.detach().contiguous().requires_grad_()}, [gradient])
+    for name, value in strided.items():
+        # Whether a tile is read from a matrix or from four dimensions does not show in a bit.
+        assert torch.equal(value, packed[name])
+        assert value.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeats_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
+    tokens, repeats = (4001, 50) if DEVICE.type == "cuda" else (150, 1)
+    op = functools.partial(attend, random_forest_end(5, tokens, 800).to(DEVICE), 0.1)
+    inputs = {"qkv": normal(tokens, 2, 3, 64, seed=1, dtype=dtype)}
+    assert_repeats_equal(op, inputs, [normal(tokens, 2, 64, seed=2, dtype=dtype).detach()], repeats)
+
+
+@pytest.mark.slow  # importing the compiler takes half a minute
+def test_under_torch_compile() -> None:
+    bounds = DocumentBounds.from_end(ENDS["padding behind"].to(DEVICE))
+    qkv = normal(bounds.end_T.numel(), 2, 3, 16, seed=1, dtype=torch.float32)
+
+    def loss(qkv: Tensor, bounds: DocumentBounds, key: Tensor) -> Tensor:
+        return document_attention(qkv, bounds, 0.25, 0.1, key).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for key in (key_tensor(1, DEVICE), key_tensor(2, DEVICE)):
+        expected, got = loss(qkv, bounds, key), compiled(qkv, bounds, key)
+        assert torch.equal(expected, got)
+        assert torch.equal(*(torch.autograd.grad(value, qkv)[0] for value in (expected, got)))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_draws_new_masks_and_sees_new_documents() -> None:
+    ends = [random_forest_end(seed, 512, 200).to(DEVICE) for seed in (1, 2)]
+    end_T, key = ends[0].clone(), key_tensor(1, DEVICE)
+    qkv = normal(512, 2, 3, 64, seed=1, dtype=torch.bfloat16).detach()
+
+    def step() -> Tensor:
+        return document_attention(qkv, DocumentBounds.from_end(end_T), 0.125, 0.1, key)
+
+    step()  # compiles, which a capture must not
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for new_end_T, new_key in ((ends[1], 2), (ends[0], 3)):
+        end_T.copy_(new_end_T)
+        key.fill_(new_key)
+        graph.replay()
+        assert torch.equal(out, step())
+
+
+def test_no_slots() -> None:
+    qkv = torch.zeros(0, 2, 3, 16, device=DEVICE, requires_grad=True)
+    (out,) = attend(documents_end([]).to(DEVICE), 0.0, qkv)
+    (gradient,) = torch.autograd.grad(out.sum(), qkv)
+    assert out.shape == (0, 2, 16)
+    assert gradient.shape == qkv.shape
+
+
+def test_an_int_key_is_the_tensor_of_its_bits() -> None:
+    bounds = DocumentBounds.from_end(documents_end([40]).to(DEVICE))
+    qkv = normal(40, 1, 3, 16, seed=1, dtype=torch.float32)
+    for op in (document_attention, document_attention_reference):
+        by_int = op(qkv, bounds, 0.25, 0.5, KEY)
+        assert torch.equal(by_int, op(qkv, bounds, 0.25, 0.5, key_tensor(KEY, DEVICE)))
+        assert max_error(by_int, op(qkv, bounds, 0.25, 0.5, KEY + 1)) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "first_line"),
+    [
+        ((8, 2, 2, 16), {}, r"qkv has shape \(8, 2, 2, 16\).* allowed: \[tokens, heads, 3"),
+        ((8, 2, 3, 256), {}, r"qkv has shape \(8, 2, 3, 256\).* head size 1 to 128"),
+        ((9, 2, 3, 16), {}, r"end is torch.int32 \(8,\) .* must be torch.int32 \(9,\)"),
+        ((8, 2, 3, 16), {"softmax_scale": 0.0}, r"softmax_scale is 0.0; it must be above 0"),
+        ((8, 2, 3, 16), {"dropout_probability": 1.0}, r"dropout_probability is 1.0; allowed"),
+    ],
+)
+def test_what_is_refused(shape: tuple[int, ...], change: dict[str, float], first_line: str) -> None:
+    bounds = DocumentBounds.from_end(documents_end([8]).to(DEVICE))
+    with pytest.raises(ValueError, match=first_line):
+        document_attention(torch.zeros(shape, device=DEVICE), bounds, **({"softmax_scale": 1.0} | change))
+
+
+def test_fp64_is_for_the_reference() -> None:
+    bounds = DocumentBounds.from_end(documents_end([8]).to(DEVICE))
+    with pytest.raises(ValueError, match=r"got torch.float64; allowed: .*document_attention_reference"):
+        document_attention(torch.zeros(8, 1, 3, 16, dtype=torch.float64, device=DEVICE), bounds, 1.0)
