@@ -39,9 +39,10 @@ class TileSchedule:
     common_stop_Q: Tensor
     """Likewise: one past the last row that sees all of them (0 in a tile that the row's end cuts)."""
     forward_order_Q: Tensor
-    """Query tiles, most key tiles first: long work must not start last."""
+    """In which order programs take the tiles: as they lie. Neighbours share keys, which are then still in the
+    cache; most work first, which would end more evenly, took 1.5 times as long."""
     backward_order_Q: Tensor
-    """The same by key tiles visited plus query tiles that visit."""
+    """The same for the backward, where most work first took 1.1 times as long."""
 
     @classmethod
     def from_end(cls, end_T: Tensor, rows: int = QUERY_TILE, columns: int = KEY_TILE) -> "TileSchedule":
@@ -63,17 +64,15 @@ class TileSchedule:
         masked_QK = (ends_KC.amin(1) < first_row_Q1 + rows) | on_diagonal_QK
         # Stable: tiles with something to see move to the front and stay ascending.
         order_QK = torch.argsort(sees_QK, dim=1, descending=True, stable=True)
-        num_Q = sees_QK.sum(1)
         ends_QR = padded_T.view(-1, rows)
-        stop_Q = ends_QR.amax(1)
-        visits_Q = num_Q + (stop_Q - first_row_Q1[:, 0]).clamp(min=0) // columns
+        as_they_lie_Q = torch.arange(queries, device=end_T.device, dtype=torch.int32)
         return cls(
             key_tiles_QK=(2 * order_QK + masked_QK.gather(1, order_QK)).int(),
-            num_key_tiles_Q=num_Q.int(),
-            stop_Q=stop_Q,
+            num_key_tiles_Q=sees_QK.sum(1).int(),
+            stop_Q=ends_QR.amax(1),
             common_stop_Q=ends_QR.amin(1),
-            forward_order_Q=torch.argsort(num_Q, descending=True, stable=True).int(),
-            backward_order_Q=torch.argsort(visits_Q, descending=True, stable=True).int(),
+            forward_order_Q=as_they_lie_Q,
+            backward_order_Q=as_they_lie_Q,
         )
 
 
