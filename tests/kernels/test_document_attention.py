@@ -179,8 +179,9 @@ def test_what_is_not_finite_reaches_nobody_who_does_not_see_it(place: str, value
         rows_T = sees_TT[:, slot] | itself_T if place in ("key", "value") else itself_T
         seen_T = sees_TT[rows_T].any(0) | rows_T
         out, d_qkv = spoilt["output 0"], spoilt["gradient of qkv"]
-        assert torch.equal(out[~rows_T], clean["output 0"][~rows_T])
-        assert torch.equal(d_qkv[~seen_T], clean["gradient of qkv"][~seen_T])
+        # Close, not equal: a tile that met a NaN is computed once more, in another order of sums.
+        torch.testing.assert_close(out[~rows_T], clean["output 0"][~rows_T])
+        torch.testing.assert_close(d_qkv[~seen_T], clean["gradient of qkv"][~seen_T])
         assert torch.equal(out[:, 1], clean["output 0"][:, 1]), "the other head changed"
         assert torch.equal(d_qkv[:, 1], clean["gradient of qkv"][:, 1]), "the other head changed"
         # And nothing hides it from those who do see it.
