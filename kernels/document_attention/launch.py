@@ -1,7 +1,7 @@
 """Launches the attention kernels: allocates what they write and looks up how many warps and stages they take.
 
-The sizes were measured once (`benchmarks/document_attention.py`, H100) and are data here: nothing is tuned at
-run time, so two machines of a job run the same code and two runs add up in the same order.
+The sizes were measured once on an H100 (kernels/README.md) and are data here: nothing is tuned at run time,
+so two machines of a job run the same code and two runs add up in the same order.
 """
 
 import math
