@@ -75,6 +75,11 @@ class TileSchedule:
             backward_order_Q=as_they_lie_Q,
         )
 
+    def tensors(self) -> list[Tensor]:
+        """The fields in order: `TileSchedule(*schedule.tensors())` is the schedule again."""
+        tiles = [self.key_tiles_QK, self.num_key_tiles_Q, self.stop_Q, self.common_stop_Q]
+        return [*tiles, self.forward_order_Q, self.backward_order_Q]
+
 
 @dataclass(frozen=True)
 class DocumentBounds:

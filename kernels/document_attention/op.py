@@ -12,7 +12,6 @@ T slots of the row, H heads here, D head size.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ..launch import require_kernel_device
 from ..philox import key_tensor
-from .bounds import DocumentBounds, TileSchedule
+from .bounds import DocumentBounds
 
 LARGEST_HEAD_DIM = 128
 
@@ -30,6 +29,8 @@ def _attention(
     qkv: Tensor, end: Tensor, schedule: Sequence[Tensor], dropout_key: Tensor, softmax_scale: float,
     dropout_probability: float, first_head: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # Asked here, not where the op is called: torch.compile cannot look into Triton.
+    require_kernel_device("document_attention", qkv)
     from .launch import launch_forward, problem_of
 
     return launch_forward(
@@ -103,14 +104,11 @@ def document_attention(
     Raises:
         ValueError: an argument outside of what is said above.
     """
-    require_kernel_device("document_attention", qkv_TH3D)
     _require(qkv_TH3D, bounds, softmax_scale, dropout_probability)
     if isinstance(dropout_key, int):
         dropout_key = key_tensor(dropout_key, qkv_TH3D.device)
-    schedule = [getattr(bounds.schedule, field.name) for field in fields(TileSchedule)]
-    out_THD, _ = _attention(
-        qkv_TH3D, bounds.end_T, schedule, dropout_key, softmax_scale, dropout_probability, first_head
-    )
+    numbers = (softmax_scale, dropout_probability, first_head)
+    out_THD, _ = _attention(qkv_TH3D, bounds.end_T, bounds.schedule.tensors(), dropout_key, *numbers)
     return out_THD
 
 
