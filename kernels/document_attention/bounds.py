@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-QUERY_TILE, KEY_TILE = 64, 32
+QUERY_TILE, KEY_TILE = 64, 64
 """Rows and columns of the schedule's tiles."""
 
 
@@ -51,7 +51,7 @@ class TileSchedule:
         Args:
             end_T: int32 [T].
             rows, columns: size of a tile; rows must be a multiple of columns. Memory: 4 bytes per tile of the
-                T x T square, 2 MiB at 32,768 slots.
+                T x T square, 1 MiB at 32,768 slots.
         """
         assert rows % columns == 0, f"query tiles of {rows} rows are no multiple of {columns} columns"
         queries = -(-end_T.numel() // rows)
