@@ -39,6 +39,7 @@ class _BiasReLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y_TF: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x and of the bias, from the output alone: it is above 0 where the input was."""
         from .kernel import run_backward
 
         (y_TF,) = ctx.saved_tensors

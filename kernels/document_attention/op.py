@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from ..launch import require_kernel_device
 from ..philox import key_tensor
@@ -24,7 +25,7 @@ from .bounds import DocumentBounds
 LARGEST_HEAD_DIM = 128
 
 
-@torch.library.custom_op("megatron_iml::document_attention", mutates_args=())
+@custom_op("megatron_iml::document_attention", mutates_args=())
 def _attention(
     qkv: Tensor, end: Tensor, schedule: Sequence[Tensor], dropout_key: Tensor, softmax_scale: float,
     dropout_probability: float, first_head: int,
@@ -38,7 +39,7 @@ def _attention(
     )
 
 
-@torch.library.custom_op("megatron_iml::document_attention_backward", mutates_args=())
+@custom_op("megatron_iml::document_attention_backward", mutates_args=())
 def _attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse2: Tensor, end: Tensor, schedule: Sequence[Tensor],
     dropout_key: Tensor, softmax_scale: float, dropout_probability: float, first_head: int,

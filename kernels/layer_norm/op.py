@@ -139,6 +139,7 @@ class _AddLayerNorm(torch.autograd.Function):
         key: Tensor | None,
         first_slot: int,
     ) -> tuple[Tensor | None, Tensor | None]:
+        """(the norm, the new residual); keeps the normed input and its statistics, never a dropout mask."""
         from .forward import Dropout, forward_tile, run_forward
 
         features = x_TF.shape[-1]
@@ -167,6 +168,7 @@ class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor | None, d_new_residual: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients in the order of `forward`'s arguments; the dropout mask is drawn again from its key."""
         from .backward import backward_tile, run_backward
         from .forward import Dropout
 

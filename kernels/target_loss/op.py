@@ -149,6 +149,7 @@ class _TargetLoss(torch.autograd.Function):
         target_ids_M: Tensor,
         options: _Options,
     ) -> tuple[Tensor, Tensor]:
+        """(sum of the losses, losses of the targets); makes the gradients too, chunk by chunk."""
         wants_hidden, wants_weight = (options.grad_enabled and need for need in ctx.needs_input_grad[:2])
         num_targets, (num_vocab, features) = target_rows_M.numel(), weight_VF.shape
         losses_M = torch.empty(num_targets, dtype=torch.float32, device=hidden_TF.device)
@@ -181,6 +182,7 @@ class _TargetLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale what the forward has made and put the rows of targets back into the row of slots."""
         from .kernel import run_scatter
 
         target_rows_M, d_hidden_MF, own_grad_VF = ctx.saved_tensors

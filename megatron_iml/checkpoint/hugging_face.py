@@ -66,6 +66,7 @@ def open_tensors(folder: Path) -> Callable[[str], Tensor]:
     places = {name.removeprefix("model."): reader for name, reader in places.items()}
 
     def read(name: str) -> Tensor:
+        """One whole tensor, read from its file now."""
         if name not in places:
             raise ValueError(
                 f"{folder} has no tensor {name}: it is not a whole OPT model ({len(places)} tensors found); "

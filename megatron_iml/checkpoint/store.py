@@ -114,6 +114,7 @@ class CheckpointStore:
         """Runs after megatron-core's own metadata is written: mark complete, point to it, drop old ones."""
 
         def finish() -> None:
+            """Rank 0 speaks for all: its marker makes the checkpoint whole."""
             if dist.get_rank() != 0:
                 return
             record = {

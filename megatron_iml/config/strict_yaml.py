@@ -12,6 +12,7 @@ import yaml
 
 class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """PyYAML's mapping, after a look at its keys."""
         seen: set[str] = set()
         for key_node, _ in node.value:
             if key_node.value in seen:

@@ -76,6 +76,10 @@ class Pool:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOAD)
         self.workers: list[Worker] = []
+        # For the whole session: a worker looks for its store's file once more after it has answered, and
+        # waits for minutes where that is gone.
+        self.folder = tempfile.TemporaryDirectory()
+        self.jobs = 0
 
     def run(
         self, function: Callable[..., Any], ranks: int, *arguments: Any, timeout_seconds: float = 300.0
@@ -89,26 +93,26 @@ class Pool:
         assert 1 <= ranks <= MAX_RANKS, f"{ranks} ranks asked of a pool of {MAX_RANKS}"
         while len(self.workers) < ranks:
             self.workers.append(self._start())
+        self.jobs += 1
         module = function.__module__
-        with tempfile.TemporaryDirectory() as folder:
-            for rank, worker in enumerate(self.workers[:ranks]):
-                job = Job(
-                    module,
-                    str(sys.modules[module].__file__),
-                    function.__name__,
-                    arguments,
-                    rank,
-                    ranks,
-                    str(Path(folder) / "store"),
-                    timeout_seconds,
-                )
-                worker.connection.send_bytes(pickle.dumps(job))
-            try:
-                return self._collect(ranks, function.__name__, time.monotonic() + timeout_seconds)
-            except BaseException:
-                # Its other ranks may wait for a collective that never comes.
-                self.close()
-                raise
+        for rank, worker in enumerate(self.workers[:ranks]):
+            job = Job(
+                module,
+                str(sys.modules[module].__file__),
+                function.__name__,
+                arguments,
+                rank,
+                ranks,
+                str(Path(self.folder.name) / f"store_{self.jobs}"),
+                timeout_seconds,
+            )
+            worker.connection.send_bytes(pickle.dumps(job))
+        try:
+            return self._collect(ranks, function.__name__, time.monotonic() + timeout_seconds)
+        except BaseException:
+            # Its other ranks may wait for a collective that never comes.
+            self.close()
+            raise
 
     def close(self) -> None:
         """End all workers; a later job starts new ones."""

@@ -60,6 +60,7 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
         began = time.monotonic()
 
         def advance(examples: int, tokens: int) -> None:
+            """Move the bar and, now and then, log a line."""
             nonlocal done, logged
             done += examples
             progress.advance(bar, examples)
