@@ -1,13 +1,10 @@
-"""The session's pool of gloo workers."""
-
-from collections.abc import Iterator
+"""What starts the ranks of distributed tests."""
 
 import pytest
 from pool import Pool
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Pool]:
-    workers = Pool()
-    yield workers
-    workers.close()
+def pool() -> Pool:
+    """One for the session: its fork server imports torch once."""
+    return Pool()

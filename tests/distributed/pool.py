@@ -1,20 +1,19 @@
-"""Worker processes that a test session starts once, and worlds of 1 to 8 gloo ranks built from them.
+"""Worlds of 1 to 8 gloo ranks for tests, each rank a process of its own.
 
     pool.run(function, 4, argument, ...)     ->  [result of rank 0, ..., result of rank 3]
 
 `function` is a module-level function of any test or helper file. It runs on every rank inside a joined world,
-where `start_distributed(config)` builds the groups of a layout. Afterwards the groups and the world are taken
-down, so the next job may use another number of ranks and another layout.
+where `start_distributed(config)` builds the groups of a layout.
 
-A fork server imports torch and megatron-core once (seconds); a worker is then a fork of it (milliseconds). So
-a job that fails or hangs costs nothing more than its workers, which are ended and replaced.
+A fork server imports torch and megatron-core once (seconds); a rank is then a fork of it (milliseconds) that
+does one job and ends. Processes are not used again: gloo's threads outlive their groups, and spin once a peer
+has left, so that after a few jobs they would have the cores to themselves.
 """
 
 import importlib.util
 import multiprocessing
 import pickle
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -23,9 +22,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_iml.parallel.groups import stop_distributed
 
 MAX_RANKS = 8
 PRELOAD = [
@@ -51,7 +54,7 @@ class Job:
     arguments: tuple[Any, ...]
     rank: int
     world_size: int
-    store: str
+    port: int
     timeout_seconds: float
 
 
@@ -70,16 +73,11 @@ class Worker:
 
 
 class Pool:
-    """At most `MAX_RANKS` workers, started when first needed."""
+    """Starts the ranks of one job at a time, at most `MAX_RANKS`."""
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOAD)
-        self.workers: list[Worker] = []
-        # For the whole session: a worker looks for its store's file once more after it has answered, and
-        # waits for minutes where that is gone.
-        self.folder = tempfile.TemporaryDirectory()
-        self.jobs = 0
 
     def run(
         self, function: Callable[..., Any], ranks: int, *arguments: Any, timeout_seconds: float = 300.0
@@ -91,86 +89,63 @@ class Pool:
             TimeoutError: if a rank does not answer in time, naming those that did not.
         """
         assert 1 <= ranks <= MAX_RANKS, f"{ranks} ranks asked of a pool of {MAX_RANKS}"
-        while len(self.workers) < ranks:
-            self.workers.append(self._start())
-        self.jobs += 1
+        # Port 0: the system picks one, and this process holds it, so nothing can collide.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         module = function.__module__
-        for rank, worker in enumerate(self.workers[:ranks]):
-            job = Job(
-                module,
-                str(sys.modules[module].__file__),
-                function.__name__,
-                arguments,
-                rank,
-                ranks,
-                str(Path(self.folder.name) / f"store_{self.jobs}"),
-                timeout_seconds,
-            )
-            worker.connection.send_bytes(pickle.dumps(job))
+        file = str(sys.modules[module].__file__)
+        workers: list[Worker] = []
         try:
-            return self._collect(ranks, function.__name__, time.monotonic() + timeout_seconds)
-        except BaseException:
-            # Its other ranks may wait for a collective that never comes.
-            self.close()
-            raise
+            for rank in range(ranks):
+                job = Job(
+                    module, file, function.__name__, arguments, rank, ranks, store.port, timeout_seconds
+                )
+                workers.append(self._start(job))
+            return collect(workers, function.__name__, timeout_seconds)
+        finally:
+            # Also after a failure: the other ranks may wait for a collective that never comes.
+            for worker in workers:
+                worker.end()
 
-    def close(self) -> None:
-        """End all workers; a later job starts new ones."""
-        while self.workers:
-            self.workers.pop().end()
-
-    def _start(self) -> Worker:
+    def _start(self, job: Job) -> Worker:
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=serve, args=(theirs,))
+        process = self.context.Process(target=run_in_world, args=(theirs, pickle.dumps(job)))
         process.start()
         theirs.close()
         return Worker(process, ours)
 
-    def _collect(self, ranks: int, name: str, deadline: float) -> list[Any]:
-        missing = {worker.connection: rank for rank, worker in enumerate(self.workers[:ranks])}
-        results: list[Any] = [None] * ranks
-        while missing:
-            ready = wait(list(missing), timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError(
-                    f"{name} on {ranks} ranks: ranks {sorted(missing.values())} did not answer in time"
-                )
-            for connection in ready:
-                assert isinstance(connection, Connection), f"unexpected object {connection} in the pool"
-                rank = missing.pop(connection)
-                try:
-                    succeeded, results[rank] = pickle.loads(connection.recv_bytes())
-                except EOFError:
-                    raise RemoteError(f"{name}: rank {rank} of {ranks} died without a word") from None
-                if not succeeded:
-                    raise RemoteError(f"{name} failed on rank {rank} of {ranks}:\n{results[rank]}")
-        return results
+
+def collect(workers: list[Worker], name: str, timeout_seconds: float) -> list[Any]:
+    """Every rank's result, in the order of ranks."""
+    deadline = time.monotonic() + timeout_seconds
+    missing = {worker.connection: rank for rank, worker in enumerate(workers)}
+    results: list[Any] = [None] * len(workers)
+    while missing:
+        ready = wait(list(missing), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(
+                f"{name} on {len(workers)} ranks: ranks {sorted(missing.values())} did not answer in time"
+            )
+        for connection in ready:
+            assert isinstance(connection, Connection), f"unexpected object {connection} in the pool"
+            rank = missing.pop(connection)
+            try:
+                succeeded, results[rank] = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                raise RemoteError(f"{name}: rank {rank} of {len(workers)} died without a word") from None
+            if not succeeded:
+                raise RemoteError(f"{name} failed on rank {rank} of {len(workers)}:\n{results[rank]}")
+    return results
 
 
-def serve(connection: Connection) -> None:
-    """A worker's life: jobs until the session ends."""
-    import torch
-
+def run_in_world(connection: Connection, pickled_job: bytes) -> None:
+    """A rank's life: join the world, run the function, leave the world, answer."""
+    job: Job = pickle.loads(pickled_job)
     torch.set_num_threads(1)
     # Every rank would repeat what megatron-core says of missing optional packages.
     warnings.simplefilter("ignore")
-    while True:
-        try:
-            job = pickle.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        run_in_world(job, connection)
-
-
-def run_in_world(job: Job, connection: Connection) -> None:
-    """Join the world, run the function, answer, leave the world."""
-    import torch.distributed as dist
-
-    from megatron_iml.parallel.groups import stop_distributed
-
     try:
-        # A file, not a port: nothing to collide with. The pool's own deadline comes before this timeout.
-        store = dist.FileStore(job.store, job.world_size)
+        store = dist.TCPStore("127.0.0.1", job.port, is_master=False)
+        # The pool's own deadline comes before this timeout.
         timeout = timedelta(seconds=2 * job.timeout_seconds + 60)
         dist.init_process_group(
             "gloo", store=store, rank=job.rank, world_size=job.world_size, timeout=timeout
