@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["megatron_iml", "megatron_iml.*"]),
+    package_data={"megatron_iml.data": ["*.yaml", "sources/*.yaml"]},
     install_requires=[
         "torch>=2.9",
         "megatron-core>=0.16.1,<0.17",
@@ -20,6 +21,7 @@ setup(
         "gigatoken>=0.10",
         "tokenizers>=0.20",
         "orjson>=3.9",
+        "jinja2>=3.1",
         "pyyaml>=6",
         "rich>=13",
         "tensorboard>=2.15",
@@ -32,6 +34,7 @@ setup(
         # Where torch does not bring its own (CPU builds): the interpreter tests of kernels/ need it.
         "triton": ["triton>=3.6,<3.10"],
         "demo": ["reasoning-gym>=0.1.25"],
+        "parquet": ["pyarrow>=15"],
         "hf": ["transformers>=4.46", "safetensors>=0.4"],
         "dev": [
             "pytest>=8",

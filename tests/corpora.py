@@ -46,9 +46,10 @@ def write_bench(folder: Path, rows: dict[str, list[dict]], split: str = "train")
                 "metric": "rouge_l",
                 "sha256": sha256(data).hexdigest(),
                 "file": f"{split}/{name}.jsonl",
+                "parent": "",
             }
         )
-    manifest = {"format_version": 1, "seed": 1, "splits": {}, "files": files}
+    manifest = {"format_version": 2, "seed": 1, "splits": {}, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 

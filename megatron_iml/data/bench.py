@@ -3,7 +3,7 @@
 What enters: a folder written by `data/bench_writer.py`. What leaves: its files with their task, category,
 level and split, their rows one by one, and a check of the whole.
 
-    bench/manifest.json   {"format_version": 1, "seed": 1, "splits": {...}, "files": [{"task": ...}, ...]}
+    bench/manifest.json   {"format_version": 2, "seed": 1, "splits": {...}, "files": [{"task": ...}, ...]}
     bench/ledger.json     {"tasks": {"NIV2__Misc.__task1146": {"read": 200, "written": {...}, ...}}}
     bench/train/NIV2__Misc.__task1146_country_capital.jsonl
         {"id": "task1146-0", "src": "Instructions: ...\\nInput: Togo\\nAnswer:", "tgt": "Lome"}
@@ -26,7 +26,7 @@ from megatron_iml.data.manifest import MANIFEST, read_manifest
 from megatron_iml.data.splits import LEVELS, SPLITS, Level, Split
 from megatron_iml.data.text_files import json_lines, json_object
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_KEYS = frozenset({"format_version", "seed", "files"})
 LEDGER = "ledger.json"
 # Most file systems allow 255 bytes; the suffix and our own temporary names take some.
@@ -43,6 +43,8 @@ class BenchRow(TypedDict):
     tgt: str
     references: NotRequired[list[str]]
     candidates: NotRequired[list[str]]
+    instruction: NotRequired[int]
+    """Characters of `src` that demonstrations stand after; absent, they stand before `src`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class BenchFile:
     sha256: str
     file: str
     """Path relative to the bench folder."""
+    parent: str = ""
+    """The task of which this is one part, as each subject of MMLU is; empty for a task of its own."""
 
     @property
     def stem(self) -> str:
@@ -205,6 +209,10 @@ def _checked_row(path: Path, number: int, row: dict[str, Any]) -> BenchRow:
             raise ValueError(
                 f"{path}:{number}: `{key}` is {values!r}; it must be a list of texts; fix or remove it"
             )
+    if type(row.get("instruction", 0)) is not int:
+        raise ValueError(
+            f"{path}:{number}: `instruction` is {row['instruction']!r}; it must be a number of characters"
+        )
     return BenchRow(**row)  # type: ignore[typeddict-item]
 
 

@@ -6,8 +6,10 @@ What enters: a YAML file. What leaves: checked sources with absolute folders, an
       - {reader: super_natural_instructions, folder: natural-instructions}
       - {reader: reasoning_gym, options: {examples_per_task: 400, seed: 1}}
     splits: splits.yaml
+    categories: my_categories.yaml       # optional: labels beside those of data/categories.yaml
 
-A relative folder is looked up beside the YAML file, or below another root where one is given; `splits`
+A source marked `optional: true` whose folder is not there is recorded in the ledger and left out. A
+relative folder is looked up beside the YAML file, or below another root where one is given; `splits`
 always beside the file.
 """
 
@@ -15,13 +17,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_iml.data.categories import Categories, categorise, load_categories
 from megatron_iml.data.example import Task
 from megatron_iml.data.ledger import Drops
 from megatron_iml.data.sources import Source, read_source
 from megatron_iml.data.splits import Splits, load_splits
 from megatron_iml.data.text_files import yaml_mapping
 
-ENTRY_TYPES: Mapping[str, type] = {"reader": str, "folder": str, "options": dict}
+ENTRY_TYPES: Mapping[str, type] = {"reader": str, "folder": str, "options": dict, "optional": bool}
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,18 @@ class BenchConfig:
 
     sources: tuple[Source, ...]
     splits: Splits
+    categories: Categories
+    root: Path
+    """What relative source folders, and names in the ledger, are relative to."""
+    absent: tuple[Path, ...] = ()
+    """Folders of optional sources that are not there."""
 
     def tasks(self, drops: Drops) -> list[Task]:
-        """Every task of every source; examples are not read yet."""
-        return [task for source in self.sources for task in read_source(source, drops)]
+        """Every task of every source under its category; examples are not read yet."""
+        for folder in self.absent:
+            drops.skip_file(folder, "optional source, folder not there")
+        tasks = [task for source in self.sources for task in read_source(source, drops)]
+        return categorise(tasks, self.categories)
 
 
 def load_bench_config(path: Path, source_root: Path | None = None) -> BenchConfig:
@@ -48,26 +59,44 @@ def load_bench_config(path: Path, source_root: Path | None = None) -> BenchConfi
         FileNotFoundError: no such file, splits file or source folder.
     """
     content = yaml_mapping(path)
-    if set(content) != {"sources", "splits"} or not isinstance(content["splits"], str):
+    files = {key: content[key] for key in ("splits", "categories") if key in content}
+    if not {"sources", "splits"} <= set(content) <= {"sources", "splits", "categories"} or not all(
+        isinstance(name, str) for name in files.values()
+    ):
         raise ValueError(
-            f"{path}: got the keys {sorted(content)}, expected a list `sources` and a file name `splits`"
+            f"{path}: got the keys {sorted(content)}, expected a list `sources`, a file name `splits` and, "
+            "as needed, a file name `categories`"
         )
     if not isinstance(content["sources"], list) or not content["sources"]:
         raise ValueError(f"{path}: sources must be a list of at least one reader")
     # Absolute, since a reader may run after the working folder has changed.
     root = (source_root or path.parent).absolute()
-    sources = tuple(_source(path, root, entry) for entry in content["sources"])
-    return BenchConfig(sources, load_splits(path.parent / content["splits"]))
+    sources = [_source(path, root, entry) for entry in content["sources"]]
+    present = tuple(source for source in sources if isinstance(source, Source))
+    absent = tuple(source for source in sources if isinstance(source, Path))
+    if not present:
+        raise FileNotFoundError(f"{path}: no source folder is in {root}; give the right --source-root")
+    own = [path.parent / files["categories"]] if "categories" in files else []
+    splits = load_splits(path.parent / content["splits"])
+    return BenchConfig(present, splits, load_categories(*own), root, absent)
 
 
-def _source(path: Path, root: Path, entry: object) -> Source:
+def _source(path: Path, root: Path, entry: object) -> Source | Path:
+    """A source, or the folder of an optional one that is not there."""
     if (
         not isinstance(entry, dict)
         or not {"reader"} <= set(entry) <= set(ENTRY_TYPES)
         or not all(isinstance(value, ENTRY_TYPES[key]) for key, value in entry.items())
     ):
-        raise ValueError(f"{path}: a source is {entry!r}; give a reader and, as it needs, folder and options")
+        raise ValueError(
+            f"{path}: a source is {entry!r}; give a reader and, as it needs, folder, options and optional"
+        )
     folder = root / entry["folder"] if "folder" in entry else None
-    if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"{path}: no source folder {folder}; correct it or give --source-root")
-    return Source(entry["reader"], folder, entry.get("options", {}))
+    source = Source(entry["reader"], folder, entry.get("options", {}))
+    if folder is None or folder.is_dir():
+        return source
+    if entry.get("optional", False):
+        return folder
+    raise FileNotFoundError(
+        f"{path}: no source folder {folder}; correct it, give --source-root, or mark it `optional: true`"
+    )

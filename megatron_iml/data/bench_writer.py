@@ -33,16 +33,16 @@ from megatron_iml.data.bench import (
 )
 from megatron_iml.data.example import Example, Metric, Task
 from megatron_iml.data.ledger import Drops, TaskCounts
+from megatron_iml.data.levels import levels_of
 from megatron_iml.data.manifest import MANIFEST
 from megatron_iml.data.prompts import clean_target, with_delimiter
 from megatron_iml.data.splits import (
     DROP_REASONS,
     SPLITS,
+    Level,
     Splits,
     assign,
-    check_names,
     instance_hash,
-    level_of,
     source_hash,
 )
 
@@ -75,17 +75,17 @@ def build_bench(
             f"the sources hold no task; skipped files: {skipped}; check the folders of the config"
         )
     # Everything that can be wrong with names is found before the first example is read.
-    check_names(splits, tasks)
+    levels = levels_of(splits, tasks)
     stems = _unique_stems(tasks)
     _check_output(output, overwrite)
     with _staging(output) as staging:
         for split in SPLITS:
             (staging / split).mkdir()
         entries: list[BenchFile] = []
-        for task, stem in zip(tasks, stems, strict=True):
+        for task, stem, level in zip(tasks, stems, levels, strict=True):
             counts = drops.task(task.benchmark, task.name)
             # One task at a time: the disk holds one task twice, never the whole bench.
-            entries += _write_task(task, stem, splits, counts, staging)
+            entries += _write_task(task, stem, level, splits, counts, staging)
             counts.check_closes(stem)
             on_task(task)
         accounts = {
@@ -123,6 +123,10 @@ def render_row(example: Example, metric: Metric, seed: int, counts: TaskCounts) 
         row["references"] = targets
     if candidates:
         row["candidates"] = candidates
+    if example.instruction:
+        assert example.source.startswith(example.instruction), f"{example.id}: source has another start"
+        # Its length alone: the text is most of many a source.
+        row["instruction"] = len(example.instruction)
     return row
 
 
@@ -135,7 +139,9 @@ def _distinct(texts: Sequence[str], counts: TaskCounts, kind: str) -> list[str]:
     return distinct
 
 
-def _write_task(task: Task, stem: str, splits: Splits, counts: TaskCounts, staging: Path) -> list[BenchFile]:
+def _write_task(
+    task: Task, stem: str, level: Level | None, splits: Splits, counts: TaskCounts, staging: Path
+) -> list[BenchFile]:
     spool = staging / "spool.jsonl"
     # 8 bytes a hash; Python integers in a list would take 40.
     instances, sources = array("Q"), array("Q")
@@ -143,12 +149,12 @@ def _write_task(task: Task, stem: str, splits: Splits, counts: TaskCounts, stagi
         for example in task.examples():
             row = render_row(example, task.metric, splits.seed, counts)
             if row is not None:
-                instances.append(instance_hash(splits.seed, example.task, example.id))
+                instances.append(instance_hash(splits.seed, task.name, example.instance or example.id))
                 # Pretraining text has no source of its own to compare.
                 sources.append(source_hash(example.source.strip() or row["tgt"]))
                 file.write(orjson.dumps(row) + b"\n")
-    level = level_of(splits, task)
-    split_N = assign(splits, level, np.array(instances, np.uint64), np.array(sources, np.uint64))
+    hashes = (np.array(instances, np.uint64), np.array(sources, np.uint64))
+    split_N = assign(splits, task.benchmark, level, *hashes)
     for code, reason in DROP_REASONS.items():
         if dropped := int(np.count_nonzero(split_N == code)):
             counts.drop(reason, dropped)
@@ -158,10 +164,13 @@ def _write_task(task: Task, stem: str, splits: Splits, counts: TaskCounts, stagi
     entries = []
     for split, (examples, sha256) in zip(SPLITS, written, strict=True):
         if examples:
+            assert level is not None, f"{stem} has no level, and yet {examples} rows in {split}"
             counts.written[split] = examples
             file_name = f"{split}/{stem}.jsonl"
             names = (task.name, task.benchmark, task.category)
-            entries.append(BenchFile(*names, level, split, examples, task.metric, sha256, file_name))
+            entries.append(
+                BenchFile(*names, level, split, examples, task.metric, sha256, file_name, task.parent)
+            )
     return entries
 
 

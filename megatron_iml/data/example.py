@@ -32,6 +32,11 @@ class Example:
     """References; the first is the one a training row shows as `tgt`."""
     candidates: tuple[str, ...] = ()
     """Answer options for rank classification; empty means the answer is generated."""
+    instruction: str = ""
+    """What `source` begins with where the instruction is the task's and not the instance's: demonstrations
+    stand between it and the rest. Empty: they stand before the whole source."""
+    instance: str = ""
+    """Prompts of one instance share it and so go to one split; empty means the id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,13 @@ class Task:
     name: str
     benchmark: str
     category: str
+    """A reader gives the benchmark's own label; `data/categories.py` turns it into a category."""
     metric: Metric
     examples: Callable[[], Iterator[Example]]
     """Reads the task's files anew at every call, in the same order."""
+    data_sources: tuple[str, ...] = ()
+    """Data sets the task was made from, as `data_sources.data_source` spells them."""
+    parent: str = ""
+    """The task of which this is a part, as "mmlu" of its 57 subjects; evaluation averages parts first."""
+    evaluation_only: bool = False
+    """Made to be evaluated on (BBH, MMLU, RAFT): never trained on, whatever the splits file says."""

@@ -10,8 +10,10 @@ task that must close:
 `skipped_files` the files that hold no task at all.
 """
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -49,16 +51,24 @@ class TaskCounts:
 
 
 class Drops:
-    """The accounts of all tasks of one bench, and the files that were passed over."""
+    """The accounts of all tasks of one bench, and the files that were passed over.
 
-    def __init__(self) -> None:
+    Args:
+        root: the folder that names of skipped files are relative to; without one they are as readers met
+            them. Relative, since a ledger says the same on every machine.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
         self.skipped_files: dict[str, str] = {}
+        self._root = root
         self._tasks: dict[tuple[str, str], TaskCounts] = {}
 
     def task(self, benchmark: str, name: str) -> TaskCounts:
         """The account of a task; a reader and the writer ask for the same object."""
         return self._tasks.setdefault((benchmark, name), TaskCounts())
 
-    def skip_file(self, name: str, reason: str) -> None:
-        """Record a file that yields no task, e.g. one of zero bytes; `name` is its path in the source."""
-        self.skipped_files[name] = reason
+    def skip_file(self, path: Path, reason: str) -> None:
+        """Record a file or folder that yields no task, e.g. one of zero bytes."""
+        # From the common root: two sources may hold files of one name.
+        name = path if self._root is None else Path(os.path.relpath(path, self._root))
+        self.skipped_files[name.as_posix()] = reason

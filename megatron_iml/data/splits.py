@@ -4,20 +4,25 @@ What enters: a splits file and, per task, one hash for each example. What leaves
 the split of each of its rows.
 
     held_out_categories: [Cause Effect Classification]   # all their tasks: fully_held_out
-    held_out_tasks: [task002_quoref_answer_generation]   # category stays in training: partially_supervised
+    held_out_data_sources: [race]                        # every task made from RACE: partially_supervised
+    held_out_tasks: [task002_quoref_*]                   # these too; their category stays in training
     validation_examples_per_task: 20                     # every other task is fully_supervised and
     test_examples_per_task: 50                           # gives these many instances to evaluation
     max_examples_per_task: 100000
+    max_examples_of_benchmark: {FLAN: 30000}
     seed: 1
 
 A task of 1,000 examples under this file: 20 validation, 50 test, 930 train; held out: 20, 50 and 930
 dropped. A task of 100 examples gives at most a fifth to evaluation, in the proportion 20 : 50: 5
-validation, 15 test, 80 train. Choice is by hash of seed, task and example id: it changes neither with the
+validation, 15 test, 80 train. Choice is by hash of seed, task and instance: it changes neither with the
 order of a file nor with its other rows.
+
+A task that shares a data source with a held-out one and is not held out itself has no level: it is neither
+trained on nor evaluated, as in the official lists of Super-NaturalInstructions.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from hashlib import blake2b
 from pathlib import Path
@@ -25,7 +30,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from megatron_iml.data.example import Task
 from megatron_iml.data.text_files import yaml_mapping
 
 Level = Literal["fully_held_out", "partially_supervised", "fully_supervised"]
@@ -38,6 +42,7 @@ DROP_REASONS = {
     -1: "above max_examples_per_task",
     -2: "held-out task, beyond the evaluation counts",
     -3: "same source as a held-out instance",
+    -4: "shares a data source with a held-out task",
 }
 # Evaluation takes at most this share of a task that is trained on: a small task stays a training task.
 LARGEST_HELD_OUT_SHARE = 0.2
@@ -49,19 +54,35 @@ class Splits:
 
     held_out_categories: tuple[str, ...] = ()
     held_out_tasks: tuple[str, ...] = ()
-    """A name holds out the task of that name in every benchmark that has one."""
+    """A name or pattern (`task*_race_*`) holds out the tasks of that name, or parent, in every benchmark."""
+    held_out_data_sources: tuple[str, ...] = ()
+    """Data sets in the spelling of `data_sources.py`: holds out every task made from one of them."""
+    shared_data_sources: tuple[str, ...] = ()
+    """Data sources that held-out and training tasks may share, e.g. as they share no more than articles."""
+    missing_names: Literal["refuse", "allow"] = "refuse"
+    """`allow`: the file may name more than the sources hold, though not only what they do not hold."""
     validation_examples_per_task: int = 100
     test_examples_per_task: int = 100
     max_examples_per_task: int = 100_000
     """The paper's M: a random choice of this many examples of a task is used."""
+    max_examples_of_benchmark: Mapping[str, int] = field(default_factory=dict)
+    """Another M for the tasks of a benchmark; the paper's is 30,000 for FLAN."""
     seed: int = 1
 
     def __post_init__(self) -> None:
         for name in ("validation_examples_per_task", "test_examples_per_task"):
             if asdict(self)[name] < 0:
                 raise ValueError(f"splits: {name} is {asdict(self)[name]}; give 0 or more")
-        if self.max_examples_per_task < 1:
-            raise ValueError(f"splits: max_examples_per_task is {self.max_examples_per_task}; give 1 or more")
+        for name, cap in {
+            "max_examples_per_task": self.max_examples_per_task,
+            **self.max_examples_of_benchmark,
+        }.items():
+            if cap < 1:
+                raise ValueError(f"splits: {name} is {cap}; give 1 or more")
+
+    def cap(self, benchmark: str) -> int:
+        """Most examples of a task of a benchmark."""
+        return self.max_examples_of_benchmark.get(benchmark, self.max_examples_per_task)
 
 
 def load_splits(path: Path) -> Splits:
@@ -74,51 +95,29 @@ def _checked(path: Path, key: str, value: object) -> Any:
     defaults = asdict(Splits())
     if key not in defaults:
         raise ValueError(
-            f"{path}: unknown key {key!r}; {_near(key, [field.name for field in fields(Splits)])}"
+            f"{path}: unknown key {key!r}; {near(key, [field.name for field in fields(Splits)])}"
         )
-    if isinstance(defaults[key], int):
+    default = defaults[key]
+    if isinstance(default, int):
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{path}: {key} is {value!r}; give a whole number")
+        return value
+    if isinstance(default, str):
+        if value not in ("refuse", "allow"):
+            raise ValueError(f"{path}: {key} is {value!r}; choose from refuse, allow")
+        return value
+    if isinstance(default, dict):
+        if not isinstance(value, dict) or not all(type(cap) is int for cap in value.values()):
+            raise ValueError(f"{path}: {key} is {value!r}; give benchmarks with whole numbers")
         return value
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError(f"{path}: {key} is {value!r}; give a list of names")
     return tuple(value)
 
 
-def check_names(splits: Splits, tasks: Sequence[Task]) -> None:
-    """Every held-out name must exist, and a held-out task must leave its category a task to train on."""
-    categories = {task.category for task in tasks}
-    names = {task.name for task in tasks}
-    for wanted, known, kind in (
-        (splits.held_out_categories, categories, "category"),
-        (splits.held_out_tasks, names, "task"),
-    ):
-        for name in wanted:
-            if name not in known:
-                raise ValueError(f"splits: no {kind} {name!r} in the sources; {_near(name, sorted(known))}")
-    # Otherwise a report would show as partially supervised what no training task has prepared.
-    trained = {task.category for task in tasks if level_of(splits, task) == "fully_supervised"}
-    for task in tasks:
-        if level_of(splits, task) == "partially_supervised" and task.category not in trained:
-            raise ValueError(
-                f"splits: all tasks of category {task.category!r} are held out, so {task.name!r} is not "
-                "partially supervised; hold the category out instead, or leave it a task to train on"
-            )
-
-
-def level_of(splits: Splits, task: Task) -> Level:
-    """The level of generalisation at which a task is evaluated."""
-    # Category first: a task held out twice over belongs to the stricter level.
-    if task.category in splits.held_out_categories:
-        return "fully_held_out"
-    if task.name in splits.held_out_tasks:
-        return "partially_supervised"
-    return "fully_supervised"
-
-
-def instance_hash(seed: int, task: str, example_id: str) -> int:
+def instance_hash(seed: int, task: str, instance: str) -> int:
     """64 bits of a hash of an instance: the instances of a task in the order of it are in random order."""
-    digest = blake2b(f"{seed}\0{task}\0{example_id}".encode(), digest_size=8, person=b"instance").digest()
+    digest = blake2b(f"{seed}\0{task}\0{instance}".encode(), digest_size=8, person=b"instance").digest()
     return int.from_bytes(digest, "little")
 
 
@@ -127,20 +126,25 @@ def source_hash(source: str) -> int:
     return int.from_bytes(blake2b(source.encode(), digest_size=8).digest(), "little")
 
 
-def assign(splits: Splits, level: Level, instances_N: np.ndarray, sources_N: np.ndarray) -> np.ndarray:
+def assign(
+    splits: Splits, benchmark: str, level: Level | None, instances_N: np.ndarray, sources_N: np.ndarray
+) -> np.ndarray:
     """Split of each of a task's N rows.
 
     Args:
         splits: the splits file.
-        level: `level_of` the task.
+        benchmark: the task's, for its cap.
+        level: of `levels.levels_of`; None drops every row.
         instances_N: uint64, `instance_hash` of each row.
         sources_N: uint64, `source_hash` of each row; a training row that equals a held-out one is dropped.
 
     Returns:
         int8 [N]: an index into `SPLITS`, or a key of `DROP_REASONS`.
     """
-    # Ties can only come from repeated ids; the stable sort then leaves them in the order of the file.
-    order_N = np.argsort(instances_N, kind="stable")[: splits.max_examples_per_task]
+    if level is None:
+        return np.full(len(instances_N), -4, np.int8)
+    # Ties are prompts of one instance, or repeated ids; the stable sort leaves them in the order of the file.
+    order_N = np.argsort(instances_N, kind="stable")[: splits.cap(benchmark)]
     validation, test = _held_out_counts(splits, level, len(order_N))
     # Beyond the cap until said otherwise.
     split_N = np.full(len(instances_N), -1, np.int8)
@@ -148,8 +152,9 @@ def assign(splits: Splits, level: Level, instances_N: np.ndarray, sources_N: np.
     split_N[order_N[:validation]] = SPLITS.index("validation")
     split_N[order_N[validation : validation + test]] = SPLITS.index("test")
     held_out = np.isin(split_N, (SPLITS.index("validation"), SPLITS.index("test")))
-    leaks = (split_N == SPLITS.index("train")) & np.isin(sources_N, sources_N[held_out])
-    split_N[leaks] = -3
+    # By instance as well: the last one held out may have prompts left on the other side of the line.
+    seen = np.isin(sources_N, sources_N[held_out]) | np.isin(instances_N, instances_N[held_out])
+    split_N[(split_N == SPLITS.index("train")) & seen] = -3
     return split_N
 
 
@@ -164,7 +169,7 @@ def _held_out_counts(splits: Splits, level: Level, examples: int) -> tuple[int, 
     return scaled, room - scaled
 
 
-def _near(name: str, known: Sequence[str]) -> str:
+def near(name: str, known: Sequence[str]) -> str:
     """`did you mean ...` with the nearest known names, or the first few of them."""
     matches = get_close_matches(name, known, n=3, cutoff=0.5)
     if matches:

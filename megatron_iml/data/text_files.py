@@ -34,7 +34,7 @@ def source_files(folder: Path, pattern: str, drops: Drops) -> list[Path]:
         raise ValueError(f"no file matches {pattern} in {folder}; the reader or the folder is the wrong one")
     for path in matches:
         if path.stat().st_size == 0:
-            drops.skip_file(path.relative_to(folder).as_posix(), "empty file")
+            drops.skip_file(path, "empty file")
     return [path for path in matches if path.stat().st_size > 0]
 
 
@@ -62,6 +62,11 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def json_object(path: Path) -> dict[str, Any]:
     """The one JSON object of a file."""
     return _parse_object(path.read_bytes().removeprefix(BYTE_ORDER_MARK), str(path))
+
+
+def json_value(path: Path) -> Any:
+    """Whatever JSON value a file holds, e.g. an array of rows."""
+    return _parse(path.read_bytes().removeprefix(BYTE_ORDER_MARK), str(path))
 
 
 def yaml_mapping(path: Path) -> dict[str, Any]:
@@ -101,15 +106,19 @@ def as_texts(value: object, counts: TaskCounts) -> tuple[str, ...] | None:
 
 
 def _parse_object(raw: bytes, place: str) -> dict[str, Any]:
-    try:
-        value = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        value = _parse_python_json(raw, place)
+    value = _parse(raw, place)
     if not isinstance(value, dict):
         raise ValueError(
             f"{place}: got a JSON {type(value).__name__}, expected an object {{...}}; fix or remove it"
         )
     return value
+
+
+def _parse(raw: bytes, place: str) -> Any:
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return _parse_python_json(raw, place)
 
 
 def _parse_python_json(raw: bytes, place: str) -> Any:

@@ -1,10 +1,10 @@
 """From example scores to the numbers of the report: unweighted means, level by level.
 
 What enters: one `TaskScore` per bench file. What leaves: an `Aggregate`. The rule is OPT-IML's (section
-4.1 of the paper): example -> task -> mean over the benchmarks that hold the same task -> category ->
-level, and the headline number is the mean over the category columns of all levels. A category with tasks
-of two levels is two columns, as in the paper's tables. A benchmark's own number is the mean over its
-tasks, whatever level.
+4.1 of the paper): example -> part (a subject of MMLU) -> task -> mean over the benchmarks that hold the same
+task -> category -> level, and the headline number is the mean over the category columns of all levels. A
+category with tasks of two levels is two columns, as in the paper's tables. A benchmark's own number is the
+mean over its tasks, whatever level.
 
     copa (PromptSource) 0.8, copa (FLAN) 0.6 -> copa 0.7; glucose 0.5 -> category cause_effect 0.6
     cause_effect 0.6, entailment 0.4         -> level fully_held_out 0.5
@@ -47,6 +47,8 @@ class TaskScore:
     estimate: Estimate
     cut_prompts: int = 0
     unfinished_answers: int = 0
+    parent: str = ""
+    """The task this is a part of; empty for a task of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +102,17 @@ def aggregate(tasks: Iterable[TaskScore]) -> Aggregate:
     unordered = list(tasks)
     _check(unordered)
     ordered = tuple(sorted(unordered, key=lambda t: (LEVELS.index(t.level), t.category, t.task, t.benchmark)))
+    subtasks: defaultdict[tuple[Column, str, str], list[Estimate]] = defaultdict(list)
+    for task in ordered:
+        column = Column(task.level, task.category)
+        subtasks[column, task.parent or task.task, task.benchmark].append(task.estimate)
     holders: defaultdict[tuple[Column, str], list[Estimate]] = defaultdict(list)
     benchmarks: defaultdict[str, list[Estimate]] = defaultdict(list)
-    for task in ordered:
-        holders[Column(task.level, task.category), task.task].append(task.estimate)
-        benchmarks[task.benchmark].append(task.estimate)
+    for (column, name, benchmark), estimates in subtasks.items():
+        # Parts first: as tasks of their own, the 57 subjects of MMLU would be most of a benchmark.
+        whole = estimate_parts(estimates) if len(estimates) > 1 else estimates[0]
+        holders[column, name].append(whole)
+        benchmarks[benchmark].append(whole)
     merged: defaultdict[Column, list[Estimate]] = defaultdict(list)
     for (column, _), estimates in holders.items():
         # First over benchmarks: a task that three of them hold would count three times.

@@ -42,6 +42,7 @@ def summarise(file: BenchFile, examples: Sequence[ExampleScore]) -> TaskScore:
         estimate=estimate_examples([example.score for example in examples]),
         cut_prompts=sum(example.cut_tokens > 0 for example in examples),
         unfinished_answers=sum(not example.finished for example in examples),
+        parent=file.parent,
     )
 
 

@@ -57,8 +57,39 @@ def test_mistakes_are_named(tmp_path, config, message):
 
 def test_missing_files_and_folders_are_named(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match="no source folder .*absent; correct it or give --source-root"
+        FileNotFoundError, match="no source folder .*absent; correct it, give --source-root, or mark it"
     ):
         load_bench_config(write(tmp_path, GOOD.replace("folder: data", "folder: absent")))
     with pytest.raises(FileNotFoundError, match="no file .*other.yaml"):
         load_bench_config(write(tmp_path, GOOD.replace("splits.yaml", "other.yaml")))
+
+
+def test_an_optional_source_that_is_not_there_is_recorded(tmp_path):
+    both = GOOD.replace("splits:", "- {reader: flan_cot, folder: absent, optional: true}\nsplits:")
+    config = load_bench_config(write(tmp_path, both))
+    drops = Drops(config.root)
+    assert [task.name for task in config.tasks(drops)] == ["t"]
+    assert drops.skipped_files == {"absent": "optional source, folder not there"}
+    only = GOOD.replace("folder: data", "folder: absent, optional: true")
+    with pytest.raises(FileNotFoundError, match="no source folder is in .*; give the right --source-root"):
+        load_bench_config(write(tmp_path, only))
+
+
+def test_equal_names_below_two_folders_are_two_entries_of_the_ledger(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"B__C__{name}.jsonl").write_text('{"src": "a", "tgt": "b"}\n')
+        (tmp_path / name / "B__C__empty.jsonl").write_text("")
+    (tmp_path / "splits.yaml").write_text("seed: 1\n")
+    sources = "".join(f"- {{reader: source_target, folder: {name}}}\n" for name in ("one", "two"))
+    (tmp_path / "bench.yaml").write_text(f"sources:\n{sources}splits: splits.yaml\n")
+    config = load_bench_config(tmp_path / "bench.yaml")
+    drops = Drops(config.root)
+    config.tasks(drops)
+    assert sorted(drops.skipped_files) == ["one/B__C__empty.jsonl", "two/B__C__empty.jsonl"]
+
+
+def test_a_table_of_ones_own_is_named_beside_the_splits(tmp_path):
+    (tmp_path / "own.yaml").write_text("Riddles: {B: [t]}\n")
+    config = load_bench_config(write(tmp_path, GOOD + "categories: own.yaml\n"))
+    assert [task.category for task in config.tasks(Drops())] == ["Riddles"]

@@ -188,7 +188,7 @@ def test_checksums_are_of_the_files(tmp_path):
     for entry in bench.entries:
         assert entry.sha256 == hashlib.sha256(bench.path(entry).read_bytes()).hexdigest()
     manifest = orjson.loads((bench.folder / "manifest.json").read_bytes())
-    assert (manifest["format_version"], manifest["seed"]) == (1, 1)
+    assert (manifest["format_version"], manifest["seed"]) == (2, 1)
     assert manifest["splits"]["held_out_tasks"] == ["held__out"]
 
 
@@ -217,7 +217,7 @@ def test_tasks_that_share_a_file_are_an_error(tmp_path):
 
 def test_no_task_is_an_error_that_names_the_skipped_files(tmp_path):
     drops = Drops()
-    drops.skip_file("task1.json", "empty file")
+    drops.skip_file(Path("task1.json"), "empty file")
     with pytest.raises(ValueError, match="the sources hold no task; skipped files: task1.json"):
         build_bench([], drops, Splits(), tmp_path / "bench")
 

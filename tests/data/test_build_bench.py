@@ -10,7 +10,7 @@ import pytest
 from megatron_iml.data.bench import verify_bench
 from megatron_iml.data.bench_config import load_bench_config
 from megatron_iml.data.ledger import Drops
-from megatron_iml.data.splits import check_names
+from megatron_iml.data.levels import levels_of
 
 ROOT = Path(__file__).parents[2]
 DEVSET = ROOT.parent / "shared" / "devset"
@@ -70,7 +70,7 @@ def test_demo_example_holds_out_two_categories_and_four_tasks():
     pytest.importorskip("reasoning_gym", reason="needs the demo extra")
     config = load_bench_config(ROOT / "examples" / "demo" / "bench.yaml")
     tasks = config.tasks(Drops())
-    check_names(config.splits, tasks)
+    levels_of(config.splits, tasks)
     assert len(tasks) >= 40
     assert len({task.category for task in tasks} - set(config.splits.held_out_categories)) >= 8
     assert (len(config.splits.held_out_categories), len(config.splits.held_out_tasks)) == (2, 4)

@@ -10,7 +10,7 @@ from megatron_iml.data.corpus import Corpus
 from megatron_iml.data.plan import Plan
 
 MANIFESTS = {
-    "bench": {"format_version": 1, "seed": 1, "splits": {}, "files": []},
+    "bench": {"format_version": 2, "seed": 1, "splits": {}, "files": []},
     "corpus": {
         "format_version": 1,
         "fingerprint": "f",
@@ -36,5 +36,5 @@ def test_another_version_and_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no corpus in .*build_corpus.py wrote"):
         Corpus.open(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({**MANIFESTS["bench"], "format_version": 9}))
-    with pytest.raises(ValueError, match=r"got format version 9, allowed: 1; build it anew with .*bench.py"):
+    with pytest.raises(ValueError, match=r"got format version 9, allowed: 2; build it anew with .*bench.py"):
         Bench.open(tmp_path)

@@ -42,8 +42,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "metric": "exact_match",
         "sha256": sha256(data).hexdigest(),
         "file": "train/Sums__double__plain.jsonl",
+        "parent": "",
     }
-    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "seed": 1, "files": [entry]}))
+    (folder / "manifest.json").write_text(json.dumps({"format_version": 2, "seed": 1, "files": [entry]}))
     return folder
 
 

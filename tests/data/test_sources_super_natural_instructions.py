@@ -30,7 +30,7 @@ def tasks_of(tmp_path, **files):
     for name, content in files.items():
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
-    drops = Drops()
+    drops = Drops(tmp_path)
     return {task.name: task for task in read(tmp_path, drops)}, drops
 
 
@@ -144,7 +144,7 @@ def test_a_positive_example_without_output_is_an_error(tmp_path):
 def test_zero_byte_files_are_recorded(tmp_path):
     tasks, drops = tasks_of(tmp_path, task1_capitals=FINAL, task2_empty="")
     assert list(tasks) == ["task1_capitals"]
-    assert drops.skipped_files == {"task2_empty.json": "empty file"}
+    assert drops.skipped_files == {"tasks/task2_empty.json": "empty file"}
 
 
 @pytest.mark.parametrize(

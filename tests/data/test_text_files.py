@@ -85,7 +85,7 @@ def test_empty_files_are_recorded_and_the_rest_is_sorted(tmp_path):
     write(tmp_path / "b.jsonl", b"{}\n")
     write(tmp_path / "sub" / "a.jsonl", b"{}\n")
     write(tmp_path / "sub" / "zero.jsonl", b"")
-    drops = Drops()
+    drops = Drops(tmp_path)
     found = source_files(tmp_path, "**/*.jsonl", drops)
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["b.jsonl", "sub/a.jsonl"]
     assert drops.skipped_files == {"sub/zero.jsonl": "empty file"}

@@ -1,6 +1,7 @@
 """Averages worked out by hand, and that weights never enter."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -99,3 +100,17 @@ def test_what_cannot_be_averaged_is_an_error() -> None:
         aggregate([score("a", "b", "c", "held_out", 0.5)])
     with pytest.raises(ValueError, match="task a of b, category c, is listed twice"):
         aggregate([score("a", "b", "c", "fully_supervised", 0.5)] * 2)
+
+
+def test_parts_are_averaged_before_anything_else() -> None:
+    level = "partially_supervised"
+    subjects = [
+        replace(score(f"mmlu__{name}", "MMLU", "MMLU", level, mean), parent="mmlu")
+        for name, mean in (("law", 0.2), ("physics", 0.4), ("virology", 0.6))
+    ]
+    result = aggregate(
+        [*subjects, score("mmlu", "Other", "MMLU", level, 0.8), score("x", "MMLU", "X", level, 1)]
+    )
+    # (mean(0.2, 0.4, 0.6) + 0.8) / 2, and x counts as much as all subjects.
+    assert result.columns[Column(level, "MMLU")].mean == pytest.approx(0.6)
+    assert result.benchmarks["MMLU"].mean == pytest.approx(0.7)

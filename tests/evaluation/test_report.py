@@ -62,6 +62,7 @@ def test_json_holds_conditions_tasks_and_every_average(report: Report, tmp_path:
         "estimate": {"mean": 0.5, "standard_error": 0.1, "count": 26},
         "cut_prompts": 2,
         "unfinished_answers": 0,
+        "parent": "",
     }
     assert content["baseline"] is None
 

@@ -37,7 +37,7 @@ def build(arguments: argparse.Namespace) -> "Bench":
     from megatron_iml.data.ledger import Drops
 
     config = load_bench_config(arguments.config, arguments.source_root)
-    drops = Drops()
+    drops = Drops(config.root)
     # On stderr, so that stdout holds the summary alone.
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("Listing tasks", total=None)

@@ -1,0 +1,85 @@
+"""One name for each original data set: benchmarks spell the same one in many ways.
+
+    data_source("super_glue__boolq"), data_source("bool_q"), data_source("boolq")  ->  "boolq"
+    data_source("race__high"), data_source("race-middle")                          ->  "race"
+    data_source("cot_ecqa"), data_source("cos_e__v1.11")                           ->  "commonsenseqa"
+
+Splits use it to keep what is evaluated and what is trained on apart across benchmarks. It knows names, not
+contents: what shares text under unrelated names is for the contamination check to find.
+"""
+
+import re
+
+# Data sets that are collections: the part after the name is what the questions come from.
+COLLECTIONS = (
+    "dialoglue",
+    "flan",
+    "glue",
+    "kilt",
+    "kilt_tasks",
+    "super_glue",
+    "superglue",
+    "tweet_eval",
+)
+# Other names of one data set, and data sets made from the rows of another, in the spelling of `_squeezed`.
+ALIASES = {
+    "agnewssubset": "agnews",
+    "aquarat": "aqua",
+    "arc": "ai2arc",
+    "arcchallenge": "ai2arc",
+    "arceasy": "ai2arc",
+    "art": "abductivenli",
+    "ay2": "aidayago2",
+    "cose": "commonsenseqa",
+    "duorcparaphraserc": "duorc",
+    "duorcselfrc": "duorc",
+    "e2e": "e2enlg",
+    "e2enlgcleaned": "e2enlg",
+    "ecqa": "commonsenseqa",
+    "enhancedwsc": "wsc",
+    "eqasc": "qasc",
+    "esnli": "snli",
+    "geofunql": "geoquery",
+    "gluemrpc": "mrpc",
+    "glueqqp": "quora",
+    "imdbreviews": "imdb",
+    "math": "mathcompetition",
+    "mathmaticsdataset": "mathdataset",
+    "mnlimatched": "mnli",
+    "mnlimismatched": "mnli",
+    "multinli": "mnli",
+    "mwsc": "wsc",
+    "nq": "naturalquestions",
+    "nqopen": "naturalquestions",
+    "pawswiki": "paws",
+    "qqp": "quora",
+    "scitailv11": "scitail",
+    "sensemaking": "semeval2020task4",
+    "squadv1": "squad",
+    "squadv11": "squad",
+    "squadv2": "squad",
+    "storyclozerocstories": "storycloze",
+    "sst": "sst2",
+    "triviaqawikimissing": "triviaqa",
+    "winogradwsc": "wsc",
+    "winowhy": "wsc",
+    "wsc273": "wsc",
+    "wscfixed": "wsc",
+    "wtq": "wikitablequestions",
+    "wikitq": "wikitablequestions",
+    "yelppolarityreviews": "yelppolarity",
+}
+
+
+def data_source(name: str) -> str:
+    """The data set behind a name: a task's, `<data set>__<subset>` or `<data set>-<subset>`."""
+    name = name.strip().removeprefix("cot_")
+    data_set, separator, subset = name.partition("__" if "__" in name else "-")
+    if separator and data_set in COLLECTIONS:
+        data_set = subset
+    squeezed = _squeezed(data_set)
+    return ALIASES.get(squeezed, squeezed)
+
+
+def _squeezed(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name.lower())
