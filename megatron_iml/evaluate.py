@@ -8,11 +8,12 @@ it stopped.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megatron_iml.command import config_parser, run_command
 
 if TYPE_CHECKING:
     from megatron_iml.config import Config
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, required=True, help="YAML, as for training")
+    parser = config_parser(__doc__)
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -35,7 +33,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="folder of the report (default: <training.output_directory>/evaluation/<checkpoint>)",
     )
     parser.add_argument("--baseline", type=Path, help="output folder of another evaluation to compare with")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
     return parser.parse_args(arguments)
 
 
@@ -107,14 +104,7 @@ def default_output(config: "Config", checkpoint: str) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 and one line for the user's mistakes."""
-    try:
-        evaluate(parse_arguments(arguments))
-    except (ValueError, OSError) as error:
-        # Every rank finds the same mistake: one of them says it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: evaluate(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,11 @@ is in the configuration (megatron_iml/config/schema.py); its resolved copy, the 
 to training.output_directory, from which the same command resumes.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from megatron_iml.command import config_parser, refuse
 from megatron_iml.config import Config, check_config, load_config
 
 
@@ -19,23 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Anything else is an exception with its traceback, on the rank that met it.
     """
-    parser = argparse.ArgumentParser(prog="python -m megatron_iml.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True, help="YAML file; see examples/recipes")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. training.steps=100")
-    parsed = parser.parse_args(arguments)
+    parsed = config_parser(__doc__, "python -m megatron_iml.train").parse_args(arguments)
     try:
         config = load_config(parsed.config, parsed.overrides)
         check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     except (ValueError, FileNotFoundError) as error:
-        return _refuse(error)
+        return refuse(error)
     return run(config)
-
-
-def _refuse(mistake: Exception) -> int:
-    # Every rank has found the same mistake: one of them says it.
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {mistake}", file=sys.stderr)
-    return 2
 
 
 def run(config: Config) -> int:
@@ -52,7 +41,7 @@ def run(config: Config) -> int:
         prepared = prepare(config, layout)
     except AgreedMistake as mistake:
         stop_distributed()
-        return _refuse(mistake)
+        return refuse(mistake)
     finished = train(prepared)
     # Not in a `finally`: one rank that fails alone would wait here for the others, who wait in a collective,
     # and its traceback would not be seen. It dies instead, and the launcher ends the rest.

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = {
     "__init__": 0,  # of megatron_iml itself: imports nothing
+    "command": 0,
     "kernels": 0,
     "config": 1,
     "data": 2,

@@ -19,7 +19,7 @@ from megatron_iml.evaluation.conditions import Conditions
 from megatron_iml.evaluation.generation import generate
 from megatron_iml.evaluation.language_model import LanguageModel
 from megatron_iml.evaluation.metrics import accuracy, exact_match, rouge_l
-from megatron_iml.evaluation.prompts import prompt_rules
+from megatron_iml.evaluation.prompts import PromptRules, prompt_rules
 from megatron_iml.evaluation.question import Question
 from megatron_iml.evaluation.ranking import rank
 
@@ -57,6 +57,12 @@ class Evaluator:
     row_length: int
     batch_size: int
 
+    @property
+    def rules(self) -> PromptRules:
+        """How a question becomes a prompt."""
+        conditions = self.conditions
+        return prompt_rules(conditions.inference_prefix, self.tokenizer.eos_id, conditions.max_positions)
+
 
 def score_questions(
     evaluator: Evaluator, questions: Sequence[Question], metric: Metric, track: Track
@@ -75,7 +81,7 @@ def _score_rankings(evaluator: Evaluator, questions: Sequence[Question], track: 
         evaluator.model,
         evaluator.tokenizer,
         questions,
-        rules=prompt_rules(conditions.inference_prefix, evaluator.tokenizer.eos_id, conditions.max_positions),
+        rules=evaluator.rules,
         row_length=evaluator.row_length,
         scoring=conditions.scoring,
         track=track,
@@ -106,7 +112,7 @@ def _score_generations(
         evaluator.model,
         evaluator.tokenizer,
         questions,
-        rules=prompt_rules(conditions.inference_prefix, evaluator.tokenizer.eos_id, conditions.max_positions),
+        rules=evaluator.rules,
         max_new_tokens=conditions.max_new_tokens,
         batch_size=evaluator.batch_size,
         track=track,

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
@@ -27,6 +26,7 @@ from megatron_iml.kernels.philox import Place
 
 from .cache import DecodeContext
 from .dropout import DropoutPlan, key_of
+from .linear import column_parallel, row_parallel
 from .ops import Ops
 from .row import RowContext
 
@@ -86,26 +86,9 @@ class SelfAttention(MegatronModule):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_heads = config.num_attention_heads // tp_group.size()
         self.first_head = self.num_heads * tp_group.rank()
-        self.linear_qkv = ColumnParallelLinear(
-            config.hidden_size,
-            # One GEMM for the three: cut by heads, see `forward`.
-            3 * config.hidden_size,
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            tp_group=tp_group,
-        )
-        self.linear_proj = RowParallelLinear(
-            config.hidden_size,
-            config.hidden_size,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=True,
-            input_is_parallel=True,
-            # Added in the pass that drops and adds the residual.
-            skip_bias_add=True,
-            tp_group=tp_group,
-        )
+        # One GEMM for the three: cut by heads, see `forward`.
+        self.linear_qkv = column_parallel(config, config.hidden_size, 3 * config.hidden_size, tp_group)
+        self.linear_proj = row_parallel(config, config.hidden_size, config.hidden_size, tp_group)
 
     def forward(self, hidden_T1F: Tensor, context: RowContext | DecodeContext) -> tuple[Tensor, Tensor]:
         """Return the projected attention output [T, 1, F] and the bias that is still to be added."""
@@ -146,25 +129,10 @@ class FeedForward(MegatronModule):
     def __init__(self, config: TransformerConfig, ops: Ops, tp_group: Any) -> None:
         super().__init__(config=config)
         self.ops = ops
-        self.linear_fc1 = ColumnParallelLinear(
-            config.hidden_size,
-            config.ffn_hidden_size,
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            skip_bias_add=True,
-            tp_group=tp_group,
-        )
-        self.linear_fc2 = RowParallelLinear(
-            config.ffn_hidden_size,
-            config.hidden_size,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=True,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            tp_group=tp_group,
-        )
+        hidden, inner = config.hidden_size, config.ffn_hidden_size
+        # Its bias goes into the pass of the ReLU.
+        self.linear_fc1 = column_parallel(config, hidden, inner, tp_group, skip_bias_add=True)
+        self.linear_fc2 = row_parallel(config, inner, hidden, tp_group)
 
     def forward(self, hidden_T1F: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output [T, 1, F] and the bias that is still to be added."""

@@ -1,0 +1,44 @@
+"""What the commands share: how they name a configuration, and how they speak of a user's mistake.
+
+    parser = config_parser(__doc__)              # --config FILE  section.field=value ...
+    sys.exit(run_command(lambda: evaluate(parser.parse_args())))
+
+A mistake is one line on standard error and exit status 2; anything else is a bug and keeps its traceback.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+MISTAKE = 2
+"""Exit status of a command that was asked for something that cannot be done."""
+
+
+def config_parser(description: str, program: str | None = None) -> argparse.ArgumentParser:
+    """A parser of `--config FILE` and overrides, to which a command adds its own options."""
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file; see examples/recipes")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. training.steps=100")
+    return parser
+
+
+def refuse(mistake: Exception) -> int:
+    """Say what is wrong and return the exit status."""
+    # Under a launcher every rank has found the same mistake: one of them says it.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {mistake}", file=sys.stderr)
+    return MISTAKE
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Run it and return the exit status."""
+    try:
+        command()
+    # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
+    except (ValueError, OSError) as mistake:
+        return refuse(mistake)
+    return 0
