@@ -107,9 +107,9 @@ def render_row(example: Example, metric: Metric, seed: int, counts: TaskCounts) 
     if not targets:
         counts.drop("blank target")
         return None
-    # Said here, where it costs a row; the evaluation could only stop.
-    if metric == "accuracy" and not candidates:
-        counts.drop("no candidates in a task scored by accuracy")
+    # Said here, where it costs a row; the evaluation could only stop, or find the only candidate right.
+    if metric == "accuracy" and len(candidates) < 2:
+        counts.drop("fewer than two candidates in a task scored by accuracy")
         return None
     if candidates and targets[0] not in candidates:
         counts.drop("target is not among the candidates")

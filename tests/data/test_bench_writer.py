@@ -59,10 +59,13 @@ def row_of(
     return render_row(example, metric, 1, counts), counts
 
 
-def test_a_row_without_candidates_is_no_row_of_a_ranked_task():
-    row, counts = row_of(["yes"], metric="accuracy")
-    assert row is None and counts.dropped == {"no candidates in a task scored by accuracy": 1}
+@pytest.mark.parametrize("candidates", [[], ["yes"], ["yes", "yes "]])
+def test_a_row_without_a_choice_is_no_row_of_a_ranked_task(candidates):
+    row, counts = row_of(["yes"], candidates, metric="accuracy")
+    assert row is None
+    assert counts.dropped["fewer than two candidates in a task scored by accuracy"] == 1
     assert row_of(["yes"])[0] is not None
+    assert row_of(["yes"], ["yes", "no"], metric="accuracy")[0] is not None
 
 
 def test_a_task_of_two_categories_is_refused(tmp_path):
