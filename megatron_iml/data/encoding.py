@@ -11,8 +11,10 @@ is one sequence, all target.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_iml.data.corpus_format import UInt16
 from megatron_iml.data.tokenizer import Tokenizer
@@ -37,6 +39,17 @@ class EncodedDocument:
         return (self.source, *self.targets) if len(self.source) else self.targets
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FlatDocuments:
+    """Many documents end to end, as a shard stores them: T tokens in S sequences in D documents."""
+
+    ids_T: UInt16
+    sizes_S: NDArray[np.int32]
+    counts_D: NDArray[np.int32]
+    """Sequences of every document."""
+    target_tokens: int
+
+
 def encode_document(tokenizer: Tokenizer, source: str, targets: Sequence[str]) -> list[EncodedDocument]:
     """Encode one example: one document, plus one per reference whose joint encoding changes the source's ids.
 
@@ -50,18 +63,12 @@ def encode_documents(
     tokenizer: Tokenizer, examples: Sequence[tuple[str, Sequence[str]]]
 ) -> list[list[EncodedDocument]]:
     """Encode many examples in one batch, each as `encode_document` does."""
-    if tokenizer.vocab_size > LARGEST_VOCABULARY:
-        raise ValueError(
-            f"the vocabulary has {tokenizer.vocab_size} entries, the corpus stores ids as uint16 and "
-            f"holds at most {LARGEST_VOCABULARY}; use a smaller vocabulary"
-        )
+    _check_vocabulary_size(tokenizer)
     texts: list[str] = []
     joint: list[bool] = []
     for source, targets in examples:
         source = source.rstrip(" ")
-        # After a non-space the space before the target always starts a new word (GPT-2's pattern): no merge
-        # crosses the boundary, and encoding the parts apart saves encoding the source twice.
-        apart = not source or not source[-1].isspace()
+        apart = _encodes_apart(source)
         texts.append(source)
         prefix = " " if apart else source + " "
         texts.extend([prefix + target.rstrip() for target in targets])
@@ -79,6 +86,77 @@ def encode_documents(
         else:
             documents.append([EncodedDocument(source_ids, (ids,), (i,)) for i, ids in enumerate(target_ids)])
     return documents
+
+
+def encode_flat_documents(
+    tokenizer: Tokenizer, examples: Sequence[tuple[str, Sequence[str]]]
+) -> FlatDocuments:
+    """Encode many examples to the ids of `encode_documents`, without an object for every document."""
+    _check_vocabulary_size(tokenizer)
+    stripped = [(source.rstrip(" "), targets) for source, targets in examples]
+    # Runs of either kind, so that documents stay in their order; nearly always there is one run.
+    parts = [
+        _encode_apart(tokenizer, list(run)) if apart else _flatten(encode_documents(tokenizer, list(run)))
+        for apart, run in groupby(stripped, key=lambda example: _encodes_apart(example[0]))
+    ]
+    return FlatDocuments(
+        np.concatenate([part.ids_T for part in parts]),
+        np.concatenate([part.sizes_S for part in parts]),
+        np.concatenate([part.counts_D for part in parts]),
+        sum(part.target_tokens for part in parts),
+    )
+
+
+def _encode_apart(tokenizer: Tokenizer, examples: Sequence[tuple[str, Sequence[str]]]) -> FlatDocuments:
+    texts: list[str] = []
+    is_target: list[bool] = []
+    counts: list[int] = []
+    for source, targets in examples:
+        if source:
+            texts.append(source)
+            is_target.append(False)
+            counts.append(1 + len(targets))
+        else:
+            # A document's first of several sequences is its source, so these stand alone.
+            counts.extend([1] * len(targets))
+        texts.extend([" " + target.rstrip() for target in targets])
+        is_target.extend([True] * len(targets))
+    ids, offsets = tokenizer.encode_flat(texts)
+    is_target_S = np.array(is_target)
+    sizes_S = np.diff(offsets) + is_target_S
+    ids_T = np.empty(len(ids) + np.count_nonzero(is_target_S), dtype=np.uint16)
+    is_eos_T = np.zeros(len(ids_T), dtype=bool)
+    is_eos_T[(np.cumsum(sizes_S) - 1)[is_target_S]] = True
+    ids_T[is_eos_T] = tokenizer.eos_id
+    ids_T[~is_eos_T] = ids
+    return FlatDocuments(
+        ids_T, sizes_S.astype(np.int32), np.array(counts, dtype=np.int32), int(sizes_S[is_target_S].sum())
+    )
+
+
+def _flatten(examples: Sequence[Sequence[EncodedDocument]]) -> FlatDocuments:
+    documents = [document for example in examples for document in example]
+    sequences = [sequence for document in documents for sequence in document.sequences]
+    return FlatDocuments(
+        np.concatenate(sequences),
+        np.array([len(sequence) for sequence in sequences], dtype=np.int32),
+        np.array([len(document.sequences) for document in documents], dtype=np.int32),
+        sum(len(target) for document in documents for target in document.targets),
+    )
+
+
+def _encodes_apart(source: str) -> bool:
+    # After a non-space the space before the target always starts a new word (GPT-2's pattern): no merge
+    # crosses the boundary, and encoding the parts apart saves encoding the source twice.
+    return not source or not source[-1].isspace()
+
+
+def _check_vocabulary_size(tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > LARGEST_VOCABULARY:
+        raise ValueError(
+            f"the vocabulary has {tokenizer.vocab_size} entries, the corpus stores ids as uint16 and "
+            f"holds at most {LARGEST_VOCABULARY}; use a smaller vocabulary"
+        )
 
 
 def _split_joint(source: UInt16, joint: Sequence[UInt16]) -> list[EncodedDocument]:

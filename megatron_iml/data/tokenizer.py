@@ -28,6 +28,9 @@ Ids = NDArray[np.int32]
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0..3, OPT's order
 # The embedding is a multiple of 8 rows, as in OPT (50,265 entries, 50,272 rows).
 VOCAB_MULTIPLE = 8
+# gigatoken remembers every word it has met, some 50 bytes each, and forgets none: it is made anew, in a tenth
+# of a second, after this many characters.
+RENEWAL_CHARACTERS = 1 << 28
 FILE_NAMES = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"))
 # What byte-level BPE implementations have disagreed on: separators, control characters, literal specials.
 NASTY_TEXTS = (
@@ -83,8 +86,14 @@ class Tokenizer:
         self.vocab_size: int = reference.get_vocab_size()
         self.padded_vocab_size = -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self._reference = reference
-        # gigatoken reads a `tokenizers.Tokenizer`; `_tokenizer` is how its ByteLevelBPETokenizer holds one.
-        self._fast = gigatoken.Tokenizer(reference._tokenizer) if backend == "gigatoken" else None
+        self._fast: gigatoken.Tokenizer | None = None
+        self._renew()
+
+    def _renew(self) -> None:
+        self._characters = 0
+        if self.backend == "gigatoken":
+            # It reads a `tokenizers.Tokenizer`; `_tokenizer` is how our ByteLevelBPETokenizer holds one.
+            self._fast = gigatoken.Tokenizer(self._reference._tokenizer)
 
     @classmethod
     def load(cls, folder: Path, backend: Backend = "gigatoken") -> "Tokenizer":
@@ -117,6 +126,9 @@ class Tokenizer:
         """Return all ids end to end, int32 [T], and offsets [N+1]; text n: ids_T[offsets[n]:offsets[n+1]]."""
         if self._fast is None:
             return self._encode_flat_reference(texts)
+        self._characters += sum(map(len, texts))
+        if self._characters > RENEWAL_CHARACTERS:
+            self._renew()
         layout = self._fast.encode_batch(list(texts)).layout
         offsets = np.asarray(layout.offsets.data).astype(np.int64)
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(np.int32), offsets - offsets[

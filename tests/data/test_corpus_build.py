@@ -14,6 +14,7 @@ from corpora import ROWS, build, write_bench
 
 from megatron_iml.data.corpus import Corpus
 from megatron_iml.data.corpus_build import BuildConfig, build_corpus
+from megatron_iml.data.jobs import Job, claim
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,6 +82,7 @@ STALLED_BUILD = """
 import sys, time
 from pathlib import Path
 from megatron_iml.data.corpus_build import BuildConfig, build_corpus
+from megatron_iml.data.jobs import Job, claim
 
 def stall(examples, tokens):
     print("stalled", flush=True)
@@ -118,14 +120,52 @@ def test_output_built_from_something_else_is_refused(
         build(replace(config, split="test"))
 
 
-def test_row_count_and_malformed_rows(config: BuildConfig, tmp_path: Path) -> None:
+def test_a_bench_file_that_changed_is_refused(config: BuildConfig, tmp_path: Path) -> None:
     bench = write_bench(tmp_path / "bench", {"A__B__c": ROWS["ALPHA__Sums__plus"]})
     file = bench / "train" / "A__B__c.jsonl"
-    with file.open("a") as stream:
-        stream.write('{"id": "x", "src": "s", "tgt": "t"}\n')
-    with pytest.raises(ValueError, match="A__B__c.jsonl has 41 rows, the bench manifest says 40"):
+    # As many bytes and rows as before: only the digest can tell.
+    file.write_bytes(file.read_bytes().replace(b"What is 3 ", b"What is 4 "))
+    with pytest.raises(ValueError, match=r"A__B__c.jsonl was changed after the bench was built: SHA-256 "):
         build(replace(config, bench=bench, output=tmp_path / "a"))
-    with file.open("a") as stream:
-        stream.write('{"id": "x", "src": "s"}\n')
-    with pytest.raises(ValueError, match=r"A__B__c.jsonl:42: got .* expected an object with src and tgt"):
+    assert not (tmp_path / "a" / "train" / "shard-00000.bin").exists()
+
+
+def test_row_count_and_malformed_rows(config: BuildConfig, tmp_path: Path) -> None:
+    rows = ROWS["ALPHA__Sums__plus"]
+    bench = write_bench(tmp_path / "bench", {"A__B__c": [*rows, {"id": "x", "src": "s"}]})
+    with pytest.raises(ValueError, match=r"A__B__c.jsonl:41: got .* expected an object with src and tgt"):
+        build(replace(config, bench=bench, output=tmp_path / "a"))
+    bench = write_bench(tmp_path / "other", {"A__B__c": rows})
+    manifest = bench / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"examples": 40', '"examples": 41'))
+    with pytest.raises(ValueError, match="A__B__c.jsonl has 40 rows, the bench manifest says 41"):
         build(replace(config, bench=bench, output=tmp_path / "b"))
+
+
+def test_jobs_share_the_shards_and_a_whole_run_finishes(config: BuildConfig, tmp_path: Path) -> None:
+    sharded = replace(config, output=tmp_path / "alone", shard_examples=3)
+    alone = build(sharded)
+    assert len(alone.manifest["shards"]) == 3
+    shared = replace(sharded, output=tmp_path / "shared")
+    for index in (1, 0):
+        share = build_corpus(
+            replace(shared, job=Job(index, 2)), lambda examples: None, lambda examples, tokens: None
+        )
+        assert share is None
+        assert not (shared.output / "train" / "manifest.json").exists()
+    written = {path: path.stat().st_mtime_ns for path in (shared.output / "train").glob("*.bin")}
+    assert len(written) == 3
+    build(shared)
+    assert digests(shared.output / "train") == digests(alone.folder)
+    assert {path: path.stat().st_mtime_ns for path in written} == written, "the last run wrote no shard"
+
+
+def test_two_runs_do_not_write_one_shard(config: BuildConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    folder.mkdir()
+    with (
+        claim(folder / "shard-00000.lock"),
+        pytest.raises(ValueError, match="shard-00000 is being written by another process; wait for it"),
+    ):
+        build(replace(config, output=tmp_path))
+    build(replace(config, output=tmp_path))

@@ -121,3 +121,13 @@ def test_a_broken_vocabulary_names_its_file(tokenizer_folder: Path, tmp_path: Pa
     (tmp_path / "vocab.json").write_text('{"<s>": 0, ')
     with pytest.raises(ValueError, match="vocab.json: not valid JSON"):
         Tokenizer.load(tmp_path)
+
+
+def test_an_encoder_made_anew_gives_the_same_ids(small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.load(small_folder)
+    texts = [f"What is {i} + {i}?" for i in range(50)]
+    expected = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+    first = tokenizer._fast
+    monkeypatch.setattr("megatron_iml.data.tokenizer.RENEWAL_CHARACTERS", 100)
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == expected
+    assert tokenizer._fast is not first

@@ -2,10 +2,12 @@
 
 Example: python tools/preprocess/build_corpus.py --input bench --split train \\
              --tokenizer-model opt-tokenizer --output-prefix corpus --workers 16
+
+A SLURM array shares the work: give each job --job-index $SLURM_ARRAY_TASK_ID --num-jobs N, then run the same
+command once without them.
 """
 
 import argparse
-import resource
 import sys
 import time
 from pathlib import Path
@@ -33,15 +35,16 @@ def parse_arguments() -> argparse.Namespace:
         default=1_000_000,
         help="examples between log lines (default: %(default)s)",
     )
+    parser.add_argument("--job-index", type=int, default=0, help="which of --num-jobs this is, from 0")
+    parser.add_argument("--num-jobs", type=int, default=1, help="jobs that share the shards out")
     return parser.parse_args()
 
 
-def build(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Build the corpus behind a progress bar, with log lines for files that are no terminal."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
+def build(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Build the corpus, or a job's share of it, behind a progress bar."""
     from megatron_iml.data.corpus_build import BuildConfig, build_corpus
+    from megatron_iml.data.jobs import Job
+    from megatron_iml.data.progress import showing_progress
 
     config = BuildConfig(
         bench=arguments.input,
@@ -50,27 +53,10 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
         output=arguments.output_prefix,
         backend=arguments.backend,
         workers=arguments.workers,
+        job=Job(arguments.job_index, arguments.num_jobs),
     )
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    # A bar in a log file is thousands of lines, so a file gets lines of its own instead.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("Tokenising", total=None)
-        done = logged = 0
-        began = time.monotonic()
-
-        def advance(examples: int, tokens: int) -> None:
-            """Move the bar and, now and then, log a line."""
-            nonlocal done, logged
-            done += examples
-            progress.advance(bar, examples)
-            if done - logged >= arguments.log_interval:
-                logged = done
-                rate = done / (time.monotonic() - began)
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                console.print(f"{done:,} examples, {rate:,.0f}/s, peak memory {peak:,.0f} MiB")
-
-        return build_corpus(config, start=lambda total: progress.update(bar, total=total), advance=advance)
+    with showing_progress("Tokenising", "examples", arguments.log_interval) as meter:
+        return build_corpus(config, meter.start, lambda examples, tokens: meter.advance(examples))
 
 
 def print_summary(manifest: dict[str, Any], seconds: float) -> None:
@@ -101,7 +87,10 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print_summary(manifest, time.monotonic() - began)
+    if manifest is None:
+        print("this job's shards are written; when all jobs are done, run without --job-index and --num-jobs")
+    else:
+        print_summary(manifest, time.monotonic() - began)
     return 0
 
 
