@@ -74,11 +74,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
             row_length=config.data.row_length,
             batch_size=config.evaluation.generation_batch_size,
         )
-        results = evaluate_bench(
-            bench, evaluator, output / "tasks", replicas=opened.replicas, console=console
-        )
+        scores = evaluate_bench(bench, evaluator, output / "tasks", replicas=opened.replicas, console=console)
         if opened.replicas.writes:
-            report = Report(conditions, aggregate(result.score for result in results))
+            report = Report(conditions, aggregate(scores))
             metrics = Path(config.training.output_directory) / "metrics.jsonl"
             write_report(output, report, baseline, metrics if metrics.is_file() else None)
             levels, categories, *_ = report_tables(

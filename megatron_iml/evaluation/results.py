@@ -1,7 +1,7 @@
 """Results of a task on disk, so that an evaluation that was interrupted goes on where it stopped.
 
 What enters: example scores of a bench file. What leaves: `<folder>/<file>.json`, written when the task is
-done, and read back if its fingerprint (checkpoint, tokenizer, file content, conditions) is still the
+done; its score is read back if its fingerprint (checkpoint, tokenizer, file content, conditions) is still the
 same.
 
     {"fingerprint": "3f9a...",
@@ -12,7 +12,6 @@ same.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import orjson
 
@@ -52,22 +51,14 @@ def write_result(folder: Path, stem: str, result: TaskResult) -> None:
     write_atomically(folder / f"{stem}.json", orjson.dumps(asdict(result)))
 
 
-def read_results(folder: Path, fingerprints: Mapping[str, str]) -> dict[str, TaskResult]:
-    """Results that are there, by stem, of those asked for; only ones whose fingerprint is the given one."""
+def read_scores(folder: Path, fingerprints: Mapping[str, str]) -> dict[str, TaskScore]:
+    """Scores that are there, by stem, of those asked for; only ones whose fingerprint is the given one."""
     paths = {stem: folder / f"{stem}.json" for stem in fingerprints}
     found = {stem: orjson.loads(path.read_bytes()) for stem, path in paths.items() if path.is_file()}
+    # The examples stay in their files: those of 1,500 tasks are more than a machine's memory.
     return {
-        stem: _from_json(content)
+        stem: TaskScore(**{**content["score"], "estimate": Estimate(**content["score"]["estimate"])})
         for stem, content in found.items()
         # Others stay on disk until they are written over.
         if content["fingerprint"] == fingerprints[stem]
     }
-
-
-def _from_json(content: dict[str, Any]) -> TaskResult:
-    score = {**content["score"], "estimate": Estimate(**content["score"]["estimate"])}
-    examples = []
-    for example in content["examples"]:
-        tuples = {key: tuple(example[key]) for key in ("references", "candidate_scores")}
-        examples.append(ExampleScore(**{**example, **tuples}))
-    return TaskResult(content["fingerprint"], TaskScore(**score), tuple(examples))

@@ -1,7 +1,7 @@
-"""One task: from its questions to example scores and the task's score.
+"""One task: from its questions to example scores.
 
-What enters: the rows of a bench file. What leaves: a `TaskResult`. The task's metric decides how:
-accuracy ranks the candidates, exact match and Rouge-L generate an answer and compare it with the
+What enters: the questions of a bench file. What leaves: an `ExampleScore` each. The task's metric decides
+how: accuracy ranks the candidates, exact match and Rouge-L generate an answer and compare it with the
 references.
 
     {"id": "7", "src": "2 > 1?\\nA:", "tgt": "Yes", "candidates": ["No", "Yes"]}, accuracy, scores -3.1

@@ -1,5 +1,6 @@
 """The whole run over a bench of two tasks: scores, resumption, replicas."""
 
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +10,15 @@ import pytest
 from rich.console import Console
 
 from megatron_iml.data.bench import Bench
+from megatron_iml.evaluation.aggregate import TaskScore
 from megatron_iml.evaluation.replicas import Replicas
-from megatron_iml.evaluation.results import TaskResult
 from megatron_iml.evaluation.suite import evaluate_bench
 from megatron_iml.evaluation.task import Evaluator
 
 
 def run(
     bench_folder: Path, evaluator: Evaluator, output: Path, replicas: Replicas | None = None
-) -> list[TaskResult]:
+) -> list[TaskScore]:
     return evaluate_bench(
         Bench.open(bench_folder),
         evaluator,
@@ -25,6 +26,12 @@ def run(
         replicas=replicas or Replicas(),
         console=Console(quiet=True),
     )
+
+
+def written(output: Path, stem: str, key: str) -> list[Any]:
+    """One field of every example of a task, from its file."""
+    examples = json.loads((output / f"{stem}.json").read_text())["examples"]
+    return [example[key] for example in examples]
 
 
 def work_done(evaluator: Evaluator) -> tuple[int, int]:
@@ -35,12 +42,12 @@ def work_done(evaluator: Evaluator) -> tuple[int, int]:
 def test_scores_by_hand(bench_folder: Path, evaluator: Evaluator, tmp_path: Path) -> None:
     pick, say = run(bench_folder, evaluator, tmp_path / "tasks")
     # The answers of "pick" are a b a b a, and the model prefers "a".
-    assert [example.score for example in pick.examples] == [1.0, 0.0, 1.0, 0.0, 1.0]
-    assert pick.score.estimate.mean == pytest.approx(0.6)
-    assert (pick.score.task, pick.score.level, pick.score.category) == ("pick", "fully_held_out", "cat")
+    assert written(tmp_path / "tasks", "flan__cat__pick", "score") == [1.0, 0.0, 1.0, 0.0, 1.0]
+    assert pick.estimate.mean == pytest.approx(0.6)
+    assert (pick.task, pick.level, pick.category) == ("pick", "fully_held_out", "cat")
     # "xy" against "x y" shares no word.
-    assert [example.answer for example in say.examples] == ["xy"] * 3
-    assert say.score.estimate.mean == 0.0
+    assert written(tmp_path / "tasks", "sni__cat__say", "answer") == ["xy"] * 3
+    assert say.estimate.mean == 0.0
     assert {path.name for path in (tmp_path / "tasks").iterdir()} == {
         "flan__cat__pick.json",
         "sni__cat__say.json",
@@ -49,9 +56,9 @@ def test_scores_by_hand(bench_folder: Path, evaluator: Evaluator, tmp_path: Path
 
 def test_limit_takes_the_first_examples(bench_folder: Path, evaluator: Evaluator, tmp_path: Path) -> None:
     conditions = replace(evaluator.conditions, examples_per_task=2)
-    pick, say = run(bench_folder, replace(evaluator, conditions=conditions), tmp_path)
-    assert [example.id for example in pick.examples] == ["p0", "p1"]
-    assert [example.id for example in say.examples] == ["s0", "s1"]
+    run(bench_folder, replace(evaluator, conditions=conditions), tmp_path)
+    assert written(tmp_path, "flan__cat__pick", "id") == ["p0", "p1"]
+    assert written(tmp_path, "sni__cat__say", "id") == ["s0", "s1"]
 
 
 def test_finished_tasks_are_read_not_run(bench_folder: Path, evaluator: Evaluator, tmp_path: Path) -> None:
@@ -102,10 +109,10 @@ class ThreadGroup:
 
 def run_replicas(
     bench_folder: Path, evaluator: Evaluator, output: Path, fake_model: Any, size: int
-) -> list[list[TaskResult]]:
+) -> list[list[TaskScore]]:
     """Results of every one of `size` replicas, each a thread with a model of its own."""
     group = ThreadGroup(size)
-    results: list[list[TaskResult]] = [[] for _ in range(size)]
+    results: list[list[TaskScore]] = [[] for _ in range(size)]
 
     def replica(rank: int) -> None:
         model = fake_model(evaluator.model.log_likelihood, evaluator.model.next_id)
