@@ -1,13 +1,12 @@
-"""Starts from a Hugging Face OPT folder: its weights, sliced for this rank's place in the layout.
+"""Reads a Hugging Face OPT folder, tensor by tensor.
 
-What enters: a folder with `config.json` and `model.safetensors` or `pytorch_model.bin` (sharded or not). What
-leaves: the parameters of this rank's chunks, filled. Tensors are read one at a time from the mapped files.
+What enters: a folder with `config.json` and safetensors or .bin files, sharded or not, with or without the
+prefix `model.` and with or without the tied head. What leaves: whole tensors in our layout.
 
-    load_hugging_face(Path("opt-125m"), chunks, config.model, layout)
+    source = HuggingFaceSource(Path("opt-125m"))
+    source.read(parameters(source.model)["decoder.layers.0.mlp.linear_fc1.weight"])     # [3072, 768]
 """
 
-import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,66 +14,165 @@ import torch
 from torch import Tensor
 
 from megatron_iml.config import ModelConfig
-from megatron_iml.model.opt import OPTModel
-from megatron_iml.model.parameters import copy_full_tensor, named_global_parameters
-from megatron_iml.parallel.groups import Layout
+from megatron_iml.data.text_files import json_object
 
-from .parameter_map import fuse_qkv, hugging_face_names
+from .manifest import read_checksums
+from .parameter_map import WORD_EMBEDDING, Parameter, fuse_qkv, parameters
+from .source import Prefix, check_complete, same_dtype
+from .stored_tensor import MappedFile, StoredTensor, read_safetensors
+from .torch_archive import named, read_archive
+
+HEAD = "lm_head.weight"
+SHAPE_FIELDS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "ffn_hidden_size": "ffn_dim",
+    "max_position_embeddings": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+}
+REQUIRED_FIELDS: dict[str, Any] = {
+    "do_layer_norm_before": True,
+    "activation_function": "relu",
+    "enable_bias": True,
+    "layer_norm_elementwise_affine": True,
+    "_remove_final_layer_norm": False,
+    "tie_word_embeddings": True,
+}
+"""Fields that make another architecture; a file may leave them out, which means these values."""
 
 
-def is_hugging_face_folder(folder: Path) -> bool:
-    """Whether the folder holds a Hugging Face OPT model."""
-    path = folder / "config.json"
-    return path.is_file() and json.loads(path.read_text()).get("model_type") == "opt"
-
-
-def load_hugging_face(folder: Path, chunks: Sequence[OPTModel], model: ModelConfig, layout: Layout) -> None:
-    """Fill the parameters of this rank's stage.
+def read_model_config(folder: Path) -> ModelConfig:
+    """The model's shape, from config.json.
 
     Raises:
-        ValueError: if the folder's model has another shape or is OPT-350m's variant, or a tensor is missing.
+        ValueError: if it is no OPT, or OPT-350m's variant.
     """
-    check_shape(folder, model)
-    read = open_tensors(folder)
-    head_dim = model.hidden_size // model.num_attention_heads
-    for name, parameter in named_global_parameters(chunks):
-        # One at a time: a 175B folder does not fit a node's memory once per rank.
-        parts = [read(theirs) for theirs in hugging_face_names(name)]
-        full = fuse_qkv(parts, head_dim) if len(parts) == 3 else parts[0]
-        if name == "embedding.word_embeddings.weight":
-            full = _pad_vocabulary(full, model.vocab_size, folder)
-        copy_full_tensor(parameter, full, layout.tensor_rank, layout.tensor_size)
-
-
-def open_tensors(folder: Path) -> Callable[[str], Tensor]:
-    """Return a function that reads one tensor by its name without the `model.` prefix that some files
-    carry."""
-    stem, suffix = _find_format(folder)
-    index = folder / f"{stem}{suffix}.index.json"
-    # A model of one file has no index.
-    files = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if index.is_file()
-        else [stem + suffix]
-    )
-    places: dict[str, Callable[[], Tensor]] = {}
-    for file in files:
-        path = folder / file
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} lacks {file}, which its index names: copy the folder again")
-        places.update(_readers(path))
-    places = {name.removeprefix("model."): reader for name, reader in places.items()}
-
-    def read(name: str) -> Tensor:
-        """One whole tensor, read from its file now."""
-        if name not in places:
+    path = folder / "config.json"
+    theirs = json_object(path)
+    if theirs.get("model_type") != "opt":
+        raise ValueError(
+            f"{path}: model_type is {theirs.get('model_type')!r}; allowed: 'opt'; name a folder of an OPT"
+        )
+    lacking = [name for name in SHAPE_FIELDS.values() if name not in theirs]
+    if lacking:
+        raise ValueError(f"{path} lacks {', '.join(lacking)}: copy the model's own config.json")
+    projected = theirs.get("word_embed_proj_dim") not in (None, theirs["hidden_size"])
+    if projected or not theirs.get("do_layer_norm_before", True):
+        raise ValueError(
+            f"{folder} is OPT-350m's variant (post-norm, projected embedding), which is not supported: "
+            "use another size of the family"
+        )
+    for field, value in REQUIRED_FIELDS.items():
+        if theirs.get(field, value) != value:
             raise ValueError(
-                f"{folder} has no tensor {name}: it is not a whole OPT model ({len(places)} tensors found); "
-                "check that every weight file was copied"
+                f"{path}: {field} is {theirs[field]!r}; allowed: {value!r}, as in every OPT but 350m"
             )
-        return places[name]()
+    return ModelConfig(**{ours: theirs[name] for ours, name in SHAPE_FIELDS.items()})
 
-    return read
+
+class HuggingFaceSource:
+    """Weights of a Hugging Face OPT folder."""
+
+    kind = "Hugging Face"
+
+    def __init__(self, path: Path) -> None:
+        """Open the folder and check names and shapes.
+
+        Raises:
+            FileNotFoundError: a weight file is missing.
+            ValueError: a tensor is missing, extra or misshapen, or a file truncated.
+        """
+        self.path, self.model, self.prefix = path, read_model_config(path), _prefix(path)
+        self.files, self._tensors = _open_files(path)
+        expected = {
+            name: shape
+            for parameter in parameters(self.model).values()
+            for name, shape in _shapes(parameter).items()
+        }
+        found = {name: tensor.shape for name, tensor in self._tensors.items() if name != HEAD}
+        check_complete(str(path), expected, found)
+        self._check_head()
+
+    def dtype(self, parameter: Parameter) -> torch.dtype:
+        """Type of a tensor."""
+        parts = [self._tensors[name].dtype for name in parameter.hugging_face]
+        return same_dtype(str(self.path), parameter.name, parts)
+
+    def read(self, parameter: Parameter) -> Tensor:
+        """One whole tensor in our layout."""
+        parts = [self._tensors[name].read() for name in parameter.hugging_face]
+        head_dim = self.model.hidden_size // self.model.num_attention_heads
+        full = fuse_qkv(parts, head_dim) if parameter.is_qkv else parts[0]
+        has_head = parameter.name == WORD_EMBEDDING and HEAD in self._tensors
+        # Another head would be lost: here the embedding is the head.
+        if has_head and not torch.equal(self._tensors[HEAD].read(), full):
+            raise ValueError(
+                f"{self.path}: tensor {HEAD} differs from {parameter.hugging_face[0]}; allowed: a tied head, "
+                "as in every OPT; this model cannot be represented"
+            )
+        return full
+
+    def raw(self, name: str) -> Tensor:
+        """A tensor by its name in the files, without the prefix `model.`."""
+        return self._tensors[name].read()
+
+    def _check_head(self) -> None:
+        if HEAD in self._tensors:
+            rows = (self.model.vocab_size, self.model.hidden_size)
+            check_complete(str(self.path), {HEAD: rows}, {HEAD: self._tensors[HEAD].shape})
+
+
+def _shapes(parameter: Parameter) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that one of ours is made of."""
+    share = len(parameter.hugging_face)
+    shape = (parameter.shape[0] // share, *parameter.shape[1:])
+    return dict.fromkeys(parameter.hugging_face, shape)
+
+
+def _prefix(folder: Path) -> Prefix | None:
+    """What the tokenizer puts before a prompt, if the folder has one."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() or "add_bos_token" not in (settings := json_object(path)):
+        return None
+    return "eos" if settings["add_bos_token"] else "none"
+
+
+def _open_files(folder: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
+    """Map every weight file; names lose the prefix `model.`, which some files carry."""
+    stem, suffix = _find_format(folder)
+    index_path = folder / f"{stem}{suffix}.index.json"
+    index: dict[str, str] = json_object(index_path)["weight_map"] if index_path.is_file() else {}
+    # A model of one file has no index.
+    names = sorted(set(index.values())) or [stem + suffix]
+    checksums = read_checksums(folder)
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} lacks {name}, which its index names: copy the folder again")
+        if path.suffix == ".safetensors":
+            here = read_safetensors(MappedFile(path), checksums.get(name, {}))
+        else:
+            here = _state_dict(path)
+        astray = [tensor for tensor in here if index.get(tensor, name) != name]
+        astray += [tensor for tensor in index if index[tensor] == name and tensor not in here]
+        if astray:
+            raise ValueError(
+                f"{path}: its tensors are not those that {index_path.name} lists for it, first {astray[0]}: "
+                "files of two models are mixed; copy the folder again"
+            )
+        tensors.update(here)
+    return [folder / name for name in names], {
+        name.removeprefix("model."): tensor for name, tensor in tensors.items()
+    }
+
+
+def _state_dict(path: Path) -> dict[str, StoredTensor]:
+    saved = read_archive(MappedFile(path))
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} holds a {type(saved).__name__}; allowed: a state dict; name a model's file")
+    return named(saved)
 
 
 def _find_format(folder: Path) -> tuple[str, str]:
@@ -85,50 +183,3 @@ def _find_format(folder: Path) -> tuple[str, str]:
         f"{folder} has neither model.safetensors nor pytorch_model.bin (nor their index files): "
         "name a folder with Hugging Face OPT weights"
     )
-
-
-def _readers(path: Path) -> dict[str, Callable[[], Tensor]]:
-    if path.suffix == ".safetensors":
-        # Optional: folders with .bin files need no safetensors.
-        from safetensors import safe_open
-
-        opened = safe_open(path, framework="pt")
-        return {name: lambda name=name: opened.get_tensor(name) for name in opened.keys()}  # type: ignore[misc]  # noqa: SIM118
-    # weights_only: a pickle from elsewhere must not run code.
-    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return {name: lambda tensor=tensor: tensor for name, tensor in state.items()}  # type: ignore[misc]
-
-
-def check_shape(folder: Path, model: ModelConfig) -> None:
-    """Refuse a folder whose model is of another size, or post-norm as OPT-350m."""
-    theirs: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    # Files may leave both out, which means the default: pre-norm, and no projection.
-    projected = theirs.get("word_embed_proj_dim") not in (None, theirs["hidden_size"])
-    if projected or not theirs.get("do_layer_norm_before", True):
-        raise ValueError(
-            f"{folder} is OPT-350m's variant (post-norm, projected embedding), which is not supported: "
-            "use another size of the family"
-        )
-    pairs = {
-        "num_layers": (model.num_layers, theirs["num_hidden_layers"]),
-        "hidden_size": (model.hidden_size, theirs["hidden_size"]),
-        "num_attention_heads": (model.num_attention_heads, theirs["num_attention_heads"]),
-        "ffn_hidden_size": (model.ffn_hidden_size, theirs["ffn_dim"]),
-        "max_position_embeddings": (model.max_position_embeddings, theirs["max_position_embeddings"]),
-    }
-    wrong = [f"{name} {got} here, {there} there" for name, (got, there) in pairs.items() if got != there]
-    if wrong:
-        raise ValueError(
-            f"checkpoint.initial_weights {folder} is a model of another size: {'; '.join(wrong)}. "
-            "Set the model section (or model.size) to the checkpoint's"
-        )
-
-
-def _pad_vocabulary(full: Tensor, rows: int, folder: Path) -> Tensor:
-    """Zero rows up to the vocabulary here; a larger vocabulary there is a mistake."""
-    if full.shape[0] > rows:
-        raise ValueError(
-            f"{folder} has {full.shape[0]} embedding rows but model.vocab_size is {rows}: "
-            f"set model.vocab_size={full.shape[0]}"
-        )
-    return torch.nn.functional.pad(full, (0, 0, 0, rows - full.shape[0]))

@@ -1,53 +1,162 @@
-"""Names of OPT's tensors here and in Hugging Face's format: one table, read in both directions.
+"""Names of OPT's tensors here, in Hugging Face's format and in metaseq's: one table, read in all directions.
 
-A `*` stands for the layer's number. Most tensors carry over as they are; the fused projection is the one
-rule: here each head's query, key and value rows lie side by side (a tensor-parallel slice is whole heads),
-there they are three matrices.
+A `*` stands for the layer's number. Most tensors carry over as they are; the fused projection has the one
+rule. Here each head's query, key and value rows lie side by side, so that a tensor-parallel slice is whole
+heads; Hugging Face has three matrices; metaseq has key, value and query rows, in that order, in every part.
 
-    decoder.layers.7.mlp.linear_fc1.weight                 <->  decoder.layers.7.fc1.weight
-    decoder.layers.7.self_attention.linear_qkv.weight      <->  decoder.layers.7.self_attn.{q,k,v}_proj.weight
+    here        decoder.layers.7.self_attention.linear_qkv.weight    q0 k0 v0 q1 k1 v1 q2 k2 v2 q3 k3 v3
+    HF          decoder.layers.7.self_attn.{q,k,v}_proj.weight       q0 q1 q2 q3 | k0 k1 k2 k3 | v0 v1 v2 v3
+    metaseq     decoder.layers.7.self_attn.qkv_proj.weight, 2 parts  k0 k1 v0 v1 q0 q1 | k2 k3 v2 v3 q2 q3
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-HUGGING_FACE_NAMES: dict[str, tuple[str, ...]] = {
-    "embedding.word_embeddings.weight": ("decoder.embed_tokens.weight",),
-    "embedding.position_embeddings.weight": ("decoder.embed_positions.weight",),
-    "decoder.final_layernorm.weight": ("decoder.final_layer_norm.weight",),
-    "decoder.final_layernorm.bias": ("decoder.final_layer_norm.bias",),
-    "decoder.layers.*.input_layernorm.weight": ("decoder.layers.*.self_attn_layer_norm.weight",),
-    "decoder.layers.*.input_layernorm.bias": ("decoder.layers.*.self_attn_layer_norm.bias",),
-    "decoder.layers.*.self_attention.linear_qkv.weight": tuple(
-        f"decoder.layers.*.self_attn.{part}_proj.weight" for part in "qkv"
+from megatron_iml.config import ModelConfig
+from megatron_iml.config.sizes import POSITION_OFFSET
+
+WORD_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of the table; names hold `*` for a layer's number."""
+
+    ours: str
+    hugging_face: tuple[str, ...]
+    """One name, or query, key and value."""
+    metaseq: str
+    shape: tuple[str, ...]
+    """Words of `_sizes`."""
+    cut: int | None = None
+    """The dimension that tensor parallelism divides, here and in metaseq; None: each part has all of it."""
+
+
+def _layer(
+    ours: str, hugging_face: Sequence[str], metaseq: str, shape: tuple[str, ...], cut: int | None = None
+) -> Row:
+    begin = "decoder.layers.*."
+    return Row(begin + ours, tuple(begin + name for name in hugging_face), begin + metaseq, shape, cut)
+
+
+def _qkv(kind: str) -> tuple[str, ...]:
+    return tuple(f"self_attn.{part}_proj.{kind}" for part in "qkv")
+
+
+# In metaseq's order of modules, which is the order inside its flat parameters. OPT calls the norm before its
+# feed-forward final_layer_norm, in every layer; Hugging Face calls the norm after the stack so as well.
+TABLE: tuple[Row, ...] = (
+    Row(
+        WORD_EMBEDDING,
+        ("decoder.embed_tokens.weight",),
+        "decoder.embed_tokens.weight",
+        ("vocab", "hidden"),
+        0,
     ),
-    "decoder.layers.*.self_attention.linear_qkv.bias": tuple(
-        f"decoder.layers.*.self_attn.{part}_proj.bias" for part in "qkv"
+    Row(
+        "embedding.position_embeddings.weight",
+        ("decoder.embed_positions.weight",),
+        "decoder.embed_positions.weight",
+        ("positions", "hidden"),
     ),
-    "decoder.layers.*.self_attention.linear_proj.weight": ("decoder.layers.*.self_attn.out_proj.weight",),
-    "decoder.layers.*.self_attention.linear_proj.bias": ("decoder.layers.*.self_attn.out_proj.bias",),
-    # OPT calls the norm before its feed-forward final_layer_norm, in every layer.
-    "decoder.layers.*.pre_mlp_layernorm.weight": ("decoder.layers.*.final_layer_norm.weight",),
-    "decoder.layers.*.pre_mlp_layernorm.bias": ("decoder.layers.*.final_layer_norm.bias",),
-    "decoder.layers.*.mlp.linear_fc1.weight": ("decoder.layers.*.fc1.weight",),
-    "decoder.layers.*.mlp.linear_fc1.bias": ("decoder.layers.*.fc1.bias",),
-    "decoder.layers.*.mlp.linear_fc2.weight": ("decoder.layers.*.fc2.weight",),
-    "decoder.layers.*.mlp.linear_fc2.bias": ("decoder.layers.*.fc2.bias",),
-}
+    Row(
+        "decoder.final_layernorm.weight",
+        ("decoder.final_layer_norm.weight",),
+        "decoder.layer_norm.weight",
+        ("hidden",),
+    ),
+    Row(
+        "decoder.final_layernorm.bias",
+        ("decoder.final_layer_norm.bias",),
+        "decoder.layer_norm.bias",
+        ("hidden",),
+    ),
+    _layer(
+        "self_attention.linear_qkv.weight",
+        _qkv("weight"),
+        "self_attn.qkv_proj.weight",
+        ("qkv", "hidden"),
+        0,
+    ),
+    _layer("self_attention.linear_qkv.bias", _qkv("bias"), "self_attn.qkv_proj.bias", ("qkv",), 0),
+    _layer(
+        "self_attention.linear_proj.weight",
+        ["self_attn.out_proj.weight"],
+        "self_attn.out_proj.weight",
+        ("hidden", "hidden"),
+        1,
+    ),
+    _layer(
+        "self_attention.linear_proj.bias", ["self_attn.out_proj.bias"], "self_attn.out_proj.bias", ("hidden",)
+    ),
+    _layer(
+        "input_layernorm.weight",
+        ["self_attn_layer_norm.weight"],
+        "self_attn_layer_norm.weight",
+        ("hidden",),
+    ),
+    _layer("input_layernorm.bias", ["self_attn_layer_norm.bias"], "self_attn_layer_norm.bias", ("hidden",)),
+    _layer("mlp.linear_fc1.weight", ["fc1.weight"], "fc1.weight", ("ffn", "hidden"), 0),
+    _layer("mlp.linear_fc1.bias", ["fc1.bias"], "fc1.bias", ("ffn",), 0),
+    _layer("mlp.linear_fc2.weight", ["fc2.weight"], "fc2.weight", ("hidden", "ffn"), 1),
+    _layer("mlp.linear_fc2.bias", ["fc2.bias"], "fc2.bias", ("hidden",)),
+    _layer("pre_mlp_layernorm.weight", ["final_layer_norm.weight"], "final_layer_norm.weight", ("hidden",)),
+    _layer("pre_mlp_layernorm.bias", ["final_layer_norm.bias"], "final_layer_norm.bias", ("hidden",)),
+)
 
 
-def hugging_face_names(name: str) -> tuple[str, ...]:
-    """The tensors that one of ours is made of: one, or query, key and value.
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of a model: a row of the table with the layer's number and the sizes filled in."""
 
-    Raises:
-        KeyError: if the table has no such parameter.
-    """
-    parts = name.split(".")
-    layer = parts[2] if name.startswith("decoder.layers.") else ""
-    pattern = ".".join([*parts[:2], "*", *parts[3:]]) if layer else name
-    return tuple(theirs.replace("*", layer) for theirs in HUGGING_FACE_NAMES[pattern])
+    name: str
+    hugging_face: tuple[str, ...]
+    metaseq: str
+    shape: tuple[int, ...]
+    cut: int | None
+    layer: int | None
+
+    @property
+    def is_qkv(self) -> bool:
+        """Whether it is the fused projection, the one tensor that is laid out differently everywhere."""
+        return len(self.hugging_face) == 3
+
+
+def groups(model: ModelConfig) -> Iterator[tuple[str, list[Parameter]]]:
+    """Yield every parameter in groups: embeddings and the last norm, then layer by layer."""
+    yield "embeddings and final norm", [_fill(row, None, model) for row in TABLE if "*" not in row.ours]
+    for layer in range(model.num_layers):
+        yield f"layer {layer}", [_fill(row, layer, model) for row in TABLE if "*" in row.ours]
+
+
+def parameters(model: ModelConfig) -> dict[str, Parameter]:
+    """Every parameter by our name."""
+    return {parameter.name: parameter for _, group in groups(model) for parameter in group}
+
+
+def _sizes(model: ModelConfig) -> dict[str, int]:
+    return {
+        "vocab": model.vocab_size,
+        "positions": model.max_position_embeddings + POSITION_OFFSET,
+        "hidden": model.hidden_size,
+        "qkv": 3 * model.hidden_size,
+        "ffn": model.ffn_hidden_size,
+    }
+
+
+def _fill(row: Row, layer: int | None, model: ModelConfig) -> Parameter:
+    number, sizes = str(layer), _sizes(model)
+    return Parameter(
+        name=row.ours.replace("*", number),
+        hugging_face=tuple(name.replace("*", number) for name in row.hugging_face),
+        metaseq=row.metaseq.replace("*", number),
+        shape=tuple(sizes[word] for word in row.shape),
+        cut=row.cut,
+        layer=layer,
+    )
 
 
 def fuse_qkv(parts: Sequence[Tensor], head_dim: int) -> Tensor:
@@ -61,3 +170,15 @@ def split_qkv(fused: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Inverse of `fuse_qkv`."""
     query, key, value = fused.unflatten(0, (-1, 3, head_dim)).unbind(1)
     return query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+
+
+def from_metaseq_qkv(part: Tensor, head_dim: int) -> Tensor:
+    """One part's projection, whose rows are key, value, query despite its name, in our order."""
+    key, value, query = part.chunk(3)
+    return fuse_qkv((query, key, value), head_dim)
+
+
+def to_metaseq_qkv(part: Tensor, head_dim: int) -> Tensor:
+    """Inverse of `from_metaseq_qkv`."""
+    query, key, value = split_qkv(part, head_dim)
+    return torch.cat((key, value, query))

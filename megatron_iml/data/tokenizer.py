@@ -47,7 +47,8 @@ NASTY_TEXTS = (
 )
 
 
-def _find_files(folder: Path) -> tuple[Path, Path]:
+def find_files(folder: Path) -> tuple[Path, Path]:
+    """Paths of vocabulary and merges in a folder, under the names of either convention."""
     for vocab_name, merges_name in FILE_NAMES:
         vocab, merges = folder / vocab_name, folder / merges_name
         if vocab.is_file() and merges.is_file():
@@ -101,7 +102,7 @@ class Tokenizer:
 
         Raises FileNotFoundError when they are missing, ValueError for special tokens at other ids than OPT's.
         """
-        vocab, merges = _find_files(folder)
+        vocab, merges = find_files(folder)
         # Of both files: equal vocabularies with other merges give other ids.
         digest = hashlib.sha256(vocab.read_bytes() + merges.read_bytes()).hexdigest()
         # Parsed here first: tokenizers says of a broken file no more than a bare Exception.

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_iml.checkpoint.hugging_face import is_hugging_face_folder
+from megatron_iml.checkpoint.formats import is_foreign
 from megatron_iml.checkpoint.store import read_record
 from megatron_iml.checkpoint.weights import fill_weights
 from megatron_iml.config import Config, ParallelConfig, check_layout
@@ -67,8 +67,8 @@ def open_model(config: Config, checkpoint: str) -> Iterator[OpenedModel]:
     # Before the processes find one another: mistakes are said without a wait.
     tokenizer = _load_tokenizer(config)
     folder = _weights_folder(config, checkpoint)
-    if folder is not None and not is_hugging_face_folder(folder):
-        # A Hugging Face folder does not say what its prefix is; our own checkpoints do.
+    if folder is not None and not is_foreign(folder):
+        # Other formats do not say what their prefix is; our own checkpoints do.
         _check_prefix(config, folder)
     layout = start_distributed(config)
     try:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import single_rank, tiny_config
 
-from megatron_iml.checkpoint.hugging_face import load_hugging_face
-from megatron_iml.checkpoint.parameter_map import fuse_qkv, hugging_face_names
+from megatron_iml.checkpoint.parameter_map import fuse_qkv, parameters
+from megatron_iml.checkpoint.weights import fill_from_source
 from megatron_iml.data.loader import Piece, assemble_row
 from megatron_iml.model.build import build_model
 from megatron_iml.model.parameters import named_global_parameters
@@ -56,7 +56,7 @@ def test_losses_and_gradients_match_transformers(shape, tmp_path):
     ]
     with single_rank(config) as layout:
         chunks = build_model(config, layout)
-        load_hugging_face(tmp_path, chunks, config.model, layout)
+        fill_from_source(tmp_path, chunks, config.model, layout)
         ours = chunks[0].train()
         row = assemble_row(
             [Piece(tokens.astype(np.int32), source) for tokens, source in documents], 64, index=0
@@ -78,7 +78,7 @@ def test_losses_and_gradients_match_transformers(shape, tmp_path):
     torch.testing.assert_close(losses, expected_losses, rtol=2e-5, atol=2e-5)
     reference = {name.removeprefix("model."): parameter.grad for name, parameter in theirs.named_parameters()}
     for name, gradient in gradients.items():
-        parts = [reference[part] for part in hugging_face_names(name)]
+        parts = [reference[part] for part in parameters(config.model)[name].hugging_face]
         truth = fuse_qkv(parts, hidden // heads) if len(parts) == 3 else parts[0]
         error = (gradient - truth).abs().max() / truth.abs().max().clamp_min(1e-6)
         # The key bias cannot change a softmax: its gradient is rounding noise, so the scale is the whole

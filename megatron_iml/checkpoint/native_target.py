@@ -1,0 +1,137 @@
+"""Lays out a native checkpoint of weights alone, which training and evaluation load like any other.
+
+    target = native_target(model, dtypes)
+    target.files        # {"weights_00000.distcp": embeddings, norm, "weights_00001.distcp": layer 0, ...}
+
+The format is megatron-core's torch_dist: `.metadata` lists chunks, each an archive of `torch.save` inside a
+file; layers are stacked, so that layer 7 is the chunk at offset 7 of the first axis. Every linear layer has
+an extra state, here empty, which megatron-core asks for when it loads.
+"""
+
+import io
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import __version__ as engine_version
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_iml.config import Config, ModelConfig, TrainingConfig
+
+from .file_plan import TensorSpec, side_by_side, torch_archive
+from .native import native_key, stacked_shape
+from .parameter_map import Parameter, groups
+from .store import FORMAT_VERSION, RunState
+from .target import Piece, Target
+
+LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def native_target(model: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> Target:
+    """Plan a checkpoint at step 0 with these weights.
+
+    Args:
+        model: the shape, and the prefix that prompts begin with.
+        dtypes: type of every parameter.
+
+    Raises:
+        ValueError: if a tensor has different types in different layers.
+    """
+    entries: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    files, file_of = {}, {}
+    for number, (_, group) in enumerate(groups(model)):
+        file = f"weights_{number:05d}.distcp"
+        plans = {one.name: torch_archive(_chunk(one, model, dtypes[one.name], entries)) for one in group}
+        indices = [MetadataIndex(native_key(one), _offsets(one)) for one in group]
+        for name in _extra_states(number - 1, model):
+            entries[name], plans[name] = BytesStorageMetadata(), torch_archive([None])
+            indices.append(MetadataIndex(name))
+        offset = 0
+        for index, plan in zip(indices, plans.values(), strict=True):
+            places[index] = _StorageInfo(file, offset, plan.size)
+            offset += plan.size
+        files[file] = side_by_side(plans)
+        file_of.update({parameter.name: file for parameter in group})
+    metadata = Metadata(entries, storage_data=places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
+
+    def pieces(parameter: Parameter, full: Tensor) -> Iterator[Piece]:
+        yield file_of[parameter.name], parameter.name, full
+
+    precision: Any = PRECISIONS[dtypes["decoder.layers.0.mlp.linear_fc1.weight"]]
+    config = Config(model=replace(model, size=None), training=TrainingConfig(precision=precision))
+    return Target(
+        kind="native",
+        model=model,
+        files=files,
+        pieces=pieces,
+        options={"inference_prefix": model.inference_prefix},
+        texts=_texts(metadata),
+        finish=lambda folder: _mark_complete(folder, config),
+    )
+
+
+def _chunk(
+    parameter: Parameter, model: ModelConfig, dtype: torch.dtype, entries: dict[str, Any]
+) -> TensorSpec:
+    """Enter a whole tensor, or a layer's part of a stacked one."""
+    shape = torch.Size(stacked_shape(parameter, model))
+    new = TensorStorageMetadata(TensorProperties(dtype=dtype), shape, [])
+    entry = entries.setdefault(native_key(parameter), new)
+    if entry.properties.dtype != dtype:
+        raise ValueError(
+            f"{parameter.name} has type {dtype}, in other layers it has {entry.properties.dtype}; allowed: "
+            "one type in all layers; choose it with --dtype"
+        )
+    sizes = parameter.shape if parameter.layer is None else (1, *parameter.shape)
+    entry.chunks.append(ChunkStorageMetadata(_offsets(parameter), torch.Size(sizes)))
+    return TensorSpec(dtype, sizes)
+
+
+def _offsets(parameter: Parameter) -> torch.Size:
+    zeros = [0] * len(parameter.shape)
+    return torch.Size(zeros if parameter.layer is None else [parameter.layer, *zeros])
+
+
+def _extra_states(layer: int, model: ModelConfig) -> list[str]:
+    # The head belongs to the group of embeddings and the last norm, which comes before the layers.
+    if layer < 0:
+        return ["output_layer._extra_state/shard_0_1"]
+    return [f"decoder.layers.{name}._extra_state/shard_{layer}_{model.num_layers}" for name in LINEARS]
+
+
+def _texts(metadata: Metadata) -> dict[str, bytes]:
+    """megatron-core's own small files."""
+    common = io.BytesIO()
+    torch.save({"content_metadata": {"distrib_optim_sharding_type": "fully_reshardable"}}, common)
+    return {
+        ".metadata": pickle.dumps(metadata),
+        "common.pt": common.getvalue(),
+        "metadata.json": json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode(),
+    }
+
+
+def _mark_complete(folder: Path, config: Config) -> None:
+    record = {
+        "format_version": FORMAT_VERSION,
+        "state": asdict(RunState(0, 0, "")),
+        "config": asdict(config),
+        "versions": {"torch": torch.__version__, "megatron_core": engine_version},
+    }
+    (folder / "complete.json").write_text(json.dumps(record, indent=1))

@@ -1,0 +1,187 @@
+"""A folder in the making: files of full length whose gaps are filled, and a journal of what is filled.
+
+    weights/.opt-6.7b.partial/
+      journal.jsonl           {"request": {...}}, then a line for every group of tensors that is on disk
+      model.safetensors       its full length from the start
+    weights/opt-6.7b/         the same folder under its own name, when everything is in it
+
+Whatever moment a conversion dies at, the folder with its own name is absent or whole; the same command goes
+on after the last group of the journal.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from .file_plan import FilePlan
+from .target import Piece
+
+JOURNAL = "journal.jsonl"
+Checksums = dict[str, dict[str, dict[str, Any]]]
+"""File, record, {"bytes", "crc32"}."""
+
+
+class PartialFolder:
+    """The folder beside its final place; a context manager that holds its lock."""
+
+    def __init__(self, output: Path, files: Mapping[str, FilePlan], request: dict[str, Any]) -> None:
+        """Take up a conversion that was killed, or lay out all files for a new one.
+
+        Args:
+            output: the folder's own name.
+            files: every weight file.
+            request: what is converted into what; a folder begun for another request is refused.
+
+        Raises:
+            ValueError: if the output exists, another process is writing it, the disk is too small, or another
+                request had begun it.
+        """
+        if output.exists():
+            raise ValueError(f"{output} exists; nothing is overwritten: name another --output, or remove it")
+        self.output, self.plans = output, files
+        # A dot, so that no reader of a folder of checkpoints takes it for one.
+        self.folder = output.absolute().parent / f".{output.name}.partial"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ValueError(f"{self.folder} is being written by another process: wait for it") from None
+        self.done: dict[str, Checksums] = {}
+        if not self._take_up(request):
+            self._lay_out(request)
+        self._files = {name: os.open(self.folder / name, os.O_RDWR) for name in files}
+
+    def __enter__(self) -> "PartialFolder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for descriptor in (*self._files.values(), self._lock):
+            os.close(descriptor)
+
+    def write_group(self, label: str, pieces: Iterable[Piece]) -> None:
+        """Append pieces to their records, force them to disk, and enter the group in the journal."""
+        written: dict[tuple[str, str], tuple[int, int]] = {}
+        for file, name, tensor in pieces:
+            record = self.plans[file].records[name]
+            position, checksum = written.get((file, name), (0, 0))
+            data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+            assert position + len(data) <= record.num_bytes, (
+                f"{name}: {len(data)} bytes too many for {record}"
+            )
+            self._write(file, name, data, record.offset + position)
+            written[file, name] = position + len(data), zlib.crc32(data, checksum)
+        checksums: Checksums = {}
+        for (file, name), (position, checksum) in written.items():
+            record = self.plans[file].records[name]
+            assert position == record.num_bytes, (
+                f"{name}: {position} of {record.num_bytes} bytes were written"
+            )
+            for place in record.crc_offsets:
+                self._write(file, name, memoryview(checksum.to_bytes(4, "little")), place)
+            checksums.setdefault(file, {})[name] = {"bytes": position, "crc32": f"{checksum:08x}"}
+        # The journal must not say what the disk does not hold.
+        for file in checksums:
+            os.fsync(self._files[file])
+        self._enter({"group": label, "tensors": checksums})
+        self.done[label] = checksums
+
+    def checksums(self) -> Checksums:
+        """Of every record of every file."""
+        files: Checksums = {name: {} for name in self.plans}
+        for group in self.done.values():
+            for file, records in group.items():
+                files[file].update(records)
+        missing = [
+            f"{file}: {name}"
+            for file, plan in self.plans.items()
+            for name in plan.records
+            if plan.records[name].num_bytes and name not in files[file]
+        ]
+        assert not missing, f"{len(missing)} gaps were not filled, first {missing[0]}"
+        return files
+
+    def write_text(self, name: str, data: bytes) -> None:
+        """A small file."""
+        with (self.folder / name).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def reveal(self) -> None:
+        """Give the folder its name; from here on it exists."""
+        (self.folder / JOURNAL).unlink()
+        os.fsync(self._lock)
+        # Fails, as it should, if somebody has made a folder of that name meanwhile.
+        self.folder.rename(self.output)
+        parent = os.open(self.folder.parent, os.O_RDONLY)
+        os.fsync(parent)
+        os.close(parent)
+
+    def _write(self, file: str, name: str, data: memoryview, offset: int) -> None:
+        try:
+            while data:
+                count = os.pwrite(self._files[file], data, offset)
+                data, offset = data[count:], offset + count
+        except OSError as error:
+            raise OSError(
+                f"{self.folder / file}: tensor {name} could not be written ({error.strerror}); make room and "
+                f"run the same command again: it goes on after {len(self.done)} groups of layers"
+            ) from error
+
+    def _take_up(self, request: dict[str, Any]) -> bool:
+        """Read the journal; False if there is none to go on from."""
+        journal = self.folder / JOURNAL
+        if not journal.is_file():
+            return False
+        content = journal.read_bytes()
+        # A line that was cut short counts for nothing, and what follows must begin a line.
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not lines:
+            return False
+        began = lines[0]["request"]
+        if began != request:
+            differs = [key for key in request if began.get(key) != request[key]]
+            raise ValueError(
+                f"{self.folder} was begun by a conversion that differs in {', '.join(differs)}: remove it, "
+                "or name another --output"
+            )
+        os.truncate(journal, len(whole))
+        self.done = {line["group"]: line["tensors"] for line in lines[1:]}
+        return True
+
+    def _lay_out(self, request: dict[str, Any]) -> None:
+        # Left by a conversion that died before it had written anything.
+        for path in self.folder.iterdir():
+            path.unlink()
+        needed, free = sum(plan.size for plan in self.plans.values()), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ValueError(
+                f"{self.output} needs {needed:,} bytes, {free:,} are free there: make room, or name another "
+                "--output"
+            )
+        for name, plan in self.plans.items():
+            with (self.folder / name).open("wb") as file:
+                file.truncate(plan.size)
+                for offset, data in plan.frames:
+                    file.seek(offset)
+                    file.write(data)
+        self._enter({"request": request})
+
+    def _enter(self, line: dict[str, Any]) -> None:
+        with (self.folder / JOURNAL).open("ab") as journal:
+            journal.write(json.dumps(line).encode() + b"\n")
+            journal.flush()
+            os.fsync(journal.fileno())
