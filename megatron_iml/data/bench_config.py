@@ -13,6 +13,7 @@ relative folder is looked up beside the YAML file, or below another root where o
 always beside the file.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,20 @@ class BenchConfig:
             drops.skip_file(folder, "optional source, folder not there")
         tasks = [task for source in self.sources for task in read_source(source, drops)]
         return categorise(tasks, self.categories)
+
+    def inputs_digest(self) -> str:
+        """Changes with the sources, their options, the categories, and any file's name, size or date."""
+        files = [
+            (path.relative_to(self.root.anchor).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
+            for source in self.sources
+            if source.folder is not None
+            for path in sorted(source.folder.rglob("*"))
+            if path.is_file()
+        ]
+        sources = [(source.reader, str(source.folder), dict(source.options)) for source in self.sources]
+        # Sorted: the order of a set differs from process to process.
+        categories = (sorted(self.categories.names), sorted(self.categories.labels.items()))
+        return hashlib.sha256(repr((sources, categories, files)).encode()).hexdigest()
 
 
 def load_bench_config(path: Path, source_root: Path | None = None) -> BenchConfig:

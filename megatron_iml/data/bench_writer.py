@@ -7,14 +7,18 @@ What enters: the tasks of all sources, their ledger and the splits. What leaves:
     ->  train/B__C__t.jsonl 930 rows, validation/... 20, test/... 50; ledger: read 1000 = written 1000
 
 Each task is written once to a spool file while its hashes are taken, then its lines are dealt to the
-splits: memory grows by 16 bytes an example, and no example is read twice.
+splits: memory grows by 24 bytes an example of the largest task, and no example is read twice. A written task
+has a record, so a build that was killed goes on, and jobs can share the tasks out (`data/jobs.py`).
+
+    .bench.partial/bench/{train,validation,test}/...      what becomes the bench
+    .bench.partial/records/B__C__t.json                   {"origin": ..., "entries": [...], "counts": {...}}
 """
 
 import hashlib
-import os
 import shutil
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +36,7 @@ from megatron_iml.data.bench import (
     manifest_bytes,
 )
 from megatron_iml.data.example import Example, Metric, Task
+from megatron_iml.data.jobs import WHOLE, Job, claim, finished_record, worker_pool, write_json
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.levels import levels_of
 from megatron_iml.data.manifest import MANIFEST
@@ -54,8 +59,11 @@ def build_bench(
     output: Path,
     *,
     overwrite: bool = False,
-    on_task: Callable[[Task], None] = lambda task: None,
-) -> Bench:
+    inputs: str | None = None,
+    workers: int = 1,
+    job: Job = WHOLE,
+    on_task: Callable[[], None] = lambda: None,
+) -> Bench | None:
     """Write all tasks to a new bench.
 
     Args:
@@ -64,6 +72,10 @@ def build_bench(
         splits: what is held out.
         output: the bench folder; must be absent or empty unless `overwrite`.
         overwrite: replace a bench; anything else in its place is still refused.
+        inputs: a digest of what the tasks are read from. Tasks that an earlier run or another job wrote from
+            the same are kept; without it nothing is.
+        workers: processes that write tasks; more than one needs tasks that can be pickled.
+        job: the share of the tasks to write. One job of several returns None: a run of the whole finishes.
         on_task: called after each task.
 
     Raises:
@@ -78,26 +90,45 @@ def build_bench(
     levels = levels_of(splits, tasks)
     stems = _unique_stems(tasks)
     _check_output(output, overwrite)
-    with _staging(output) as staging:
-        for split in SPLITS:
-            (staging / split).mkdir()
-        entries: list[BenchFile] = []
-        for task, stem, level in zip(tasks, stems, levels, strict=True):
-            counts = drops.task(task.benchmark, task.name)
-            # One task at a time: the disk holds one task twice, never the whole bench.
-            entries += _write_task(task, stem, level, splits, counts, staging)
-            counts.check_closes(stem)
-            on_task(task)
-        accounts = {
-            stem: drops.task(task.benchmark, task.name).as_json()
-            for task, stem in zip(tasks, stems, strict=True)
-        }
+    # As text: a record read back holds lists where the splits hold tuples.
+    origin = inputs and hashlib.sha256(f"{inputs} {splits}".encode()).hexdigest()
+    with _working_folder(output, keep=inputs is not None) as folder, worker_pool(workers) as pool:
+        works = [
+            (task, stem, level, splits, drops.task(task.benchmark, task.name), origin, folder)
+            for number, (task, stem, level) in enumerate(zip(tasks, stems, levels, strict=True))
+            if job.owns(number)
+        ]
+        records = []
+        for record in _in_order(pool, works):
+            records.append(record)
+            on_task()
+        if job.is_share:
+            return None
+        accounts = {stem: record["counts"] for stem, record in zip(stems, records, strict=True)}
+        entries = [BenchFile(**entry) for record in records for entry in record["entries"]]
+        staging = folder / "bench"
+        _remove_strangers(staging, {entry.file for entry in entries})
         ledger = {"format_version": FORMAT_VERSION, "tasks": accounts, "skipped_files": drops.skipped_files}
         (staging / LEDGER).write_bytes(orjson.dumps(ledger, option=orjson.OPT_INDENT_2) + b"\n")
         (staging / MANIFEST).write_bytes(manifest_bytes(splits.seed, asdict(splits), entries))
         _put_in_place(staging, output)
+        shutil.rmtree(folder)
     # Through the reader, which checks what was just written.
     return Bench.open(output)
+
+
+def _in_order(pool: ProcessPoolExecutor | None, works: list[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    if pool is None:
+        for work in works:
+            yield _write_or_keep(*work)
+    else:
+        for future in [pool.submit(_write_or_keep, *work) for work in works]:
+            yield future.result()
+
+
+def working_folder(output: Path) -> Path:
+    """Where the tasks of an unfinished bench lie: beside it, so that a rename puts it in place."""
+    return output.absolute().parent / f".{output.name}.partial"
 
 
 def render_row(example: Example, metric: Metric, seed: int, counts: TaskCounts) -> dict[str, Any] | None:
@@ -139,12 +170,44 @@ def _distinct(texts: Sequence[str], counts: TaskCounts, kind: str) -> list[str]:
     return distinct
 
 
+def _write_or_keep(
+    task: Task,
+    stem: str,
+    level: Level | None,
+    splits: Splits,
+    counts: TaskCounts,
+    origin: str | None,
+    folder: Path,
+) -> dict[str, Any]:
+    """Write a task and its record, unless both are there; return the record."""
+    path = folder / "records" / f"{stem}.json"
+    record = finished_record(path, origin)
+    if record is not None and all(
+        (folder / "bench" / file).is_file() and (folder / "bench" / file).stat().st_size == size
+        for file, size in record["bytes"].items()
+    ):
+        return record
+    with claim(path.with_name(f"{stem}.lock")):
+        entries = _write_task(task, stem, level, splits, counts, folder)
+        counts.check_closes(stem)
+        record = {
+            "origin": origin,
+            "entries": [asdict(entry) for entry in entries],
+            "counts": counts.as_json(),
+            "bytes": {entry.file: (folder / "bench" / entry.file).stat().st_size for entry in entries},
+        }
+        # Without a name for its inputs nobody may take the record up.
+        if origin is not None:
+            write_json(path, record)
+    return record
+
+
 def _write_task(
-    task: Task, stem: str, level: Level | None, splits: Splits, counts: TaskCounts, staging: Path
+    task: Task, stem: str, level: Level | None, splits: Splits, counts: TaskCounts, folder: Path
 ) -> list[BenchFile]:
-    spool = staging / "spool.jsonl"
+    spool = folder / "records" / f"{stem}.spool"
     # 8 bytes a hash; Python integers in a list would take 40.
-    instances, sources = array("Q"), array("Q")
+    instances, sources, ids = array("Q"), array("Q"), array("Q")
     with spool.open("wb") as file:
         for example in task.examples():
             row = render_row(example, task.metric, splits.seed, counts)
@@ -152,14 +215,17 @@ def _write_task(
                 instances.append(instance_hash(splits.seed, task.name, example.instance or example.id))
                 # Pretraining text has no source of its own to compare.
                 sources.append(source_hash(example.source.strip() or row["tgt"]))
+                ids.append(source_hash(example.id))
                 file.write(orjson.dumps(row) + b"\n")
+    # Such rows stay, and go to one split together: an id says which delimiter and which split.
+    if repeated := len(ids) - len(np.unique(np.array(ids, np.uint64))):
+        counts.repaired["row kept whose id was there before"] += repeated
     hashes = (np.array(instances, np.uint64), np.array(sources, np.uint64))
     split_N = assign(splits, task.benchmark, level, *hashes)
     for code, reason in DROP_REASONS.items():
         if dropped := int(np.count_nonzero(split_N == code)):
             counts.drop(reason, dropped)
-    written = _deal(spool, split_N, staging, stem)
-    # The next task writes its own; a bench folder holds nothing but the bench.
+    written = _deal(spool, split_N, folder / "bench", stem)
     spool.unlink()
     entries = []
     for split, (examples, sha256) in zip(SPLITS, written, strict=True):
@@ -227,22 +293,32 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _staging(output: Path) -> Iterator[Path]:
-    """A folder beside `output`, so that a rename puts it in place; removed if the build fails."""
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.parent / f".{output.name}.{os.getpid()}.partial"
-    staging.mkdir()
+def _working_folder(output: Path, keep: bool) -> Iterator[Path]:
+    """The folder of unfinished work with its parts; what is in it stays after a failure if `keep`."""
+    folder = working_folder(output)
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    for part in ("records", *(f"bench/{split}" for split in SPLITS)):
+        (folder / part).mkdir(parents=True, exist_ok=True)
     try:
-        yield staging
+        yield folder
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_strangers(staging: Path, files: set[str]) -> None:
+    # Tasks that a first try knew and this one does not, e.g. since a source was taken out.
+    for path in staging.glob("*/*"):
+        if path.relative_to(staging).as_posix() not in files:
+            path.unlink()
 
 
 def _put_in_place(staging: Path, output: Path) -> None:
     # A folder cannot be renamed over a full one: the old bench steps aside, and goes when the new one stands.
-    replaced = staging.with_suffix(".replaced")
+    replaced = working_folder(output).with_suffix(".replaced")
     if output.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         output.rename(replaced)
     staging.rename(output)
     shutil.rmtree(replaced, ignore_errors=True)

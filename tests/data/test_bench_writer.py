@@ -6,8 +6,10 @@ import orjson
 import pytest
 
 from megatron_iml.data.bench import Bench, verify_bench
-from megatron_iml.data.bench_writer import build_bench, render_row
+from megatron_iml.data.bench_config import load_bench_config
+from megatron_iml.data.bench_writer import build_bench, render_row, working_folder
 from megatron_iml.data.example import Example, Metric, Task
+from megatron_iml.data.jobs import Job
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.splits import Splits
 
@@ -245,3 +247,84 @@ def test_rows_without_a_usable_target_are_dropped_with_a_reason():
         assert counts.dropped == {reason: 1}
     row, _ = row_of([" Yes "], ["Yes", " No"])
     assert row is not None and row["candidates"] == ["Yes", "No"]
+
+
+def write_sources(folder: Path, tasks: int = 3) -> Path:
+    """A config of `tasks` small tasks in the form of src and tgt."""
+    (folder / "sources").mkdir(parents=True)
+    for number in range(tasks):
+        rows = [{"src": f"{number} and {i}?", "tgt": f"answer {i}", "id": f"{i % 38}"} for i in range(40)]
+        data = b"".join(orjson.dumps(row) + b"\n" for row in rows)
+        (folder / "sources" / f"B__Words__t{number}.jsonl").write_bytes(data)
+    (folder / "splits.yaml").write_text("validation_examples_per_task: 2\ntest_examples_per_task: 3\n")
+    config = folder / "bench.yaml"
+    config.write_text("sources: [{reader: source_target, folder: sources}]\nsplits: splits.yaml\n")
+    return config
+
+
+def build_from(path: Path, output: Path, **options) -> Bench | None:
+    config = load_bench_config(path)
+    drops = Drops(config.root)
+    tasks = config.tasks(drops)
+    inputs = config.inputs_digest()
+    return build_bench(tasks, drops, config.splits, output, inputs=inputs, **options)
+
+
+def test_bytes_do_not_depend_on_workers_or_jobs(tmp_path):
+    config = write_sources(tmp_path)
+    alone = build_from(config, tmp_path / "alone")
+    assert alone is not None
+    build_from(config, tmp_path / "workers", workers=2)
+    assert bytes_of(tmp_path / "workers") == bytes_of(alone.folder)
+    for index in (1, 0):
+        assert build_from(config, tmp_path / "jobs", job=Job(index, 2)) is None
+        assert not (tmp_path / "jobs").exists()
+    records = working_folder(tmp_path / "jobs") / "records"
+    assert sorted(path.name for path in records.iterdir()) == [f"B__Words__t{i}.json" for i in range(3)]
+    build_from(config, tmp_path / "jobs")
+    assert bytes_of(tmp_path / "jobs") == bytes_of(alone.folder)
+    assert not working_folder(tmp_path / "jobs").exists()
+
+
+def test_a_killed_build_keeps_its_tasks_but_no_stale_ones(tmp_path):
+    config = write_sources(tmp_path)
+    output = tmp_path / "bench"
+
+    class Killed(Exception):
+        pass
+
+    def die():
+        raise Killed
+
+    with pytest.raises(Killed):
+        build_from(config, output, on_task=die)
+    kept = working_folder(output) / "bench" / "train" / "B__Words__t0.jsonl"
+    written = kept.stat().st_mtime_ns
+    assert not output.exists()
+    build_from(config, output)
+    assert (output / "train" / "B__Words__t0.jsonl").stat().st_mtime_ns == written
+
+    # Another source in between: its leftovers may be neither taken up nor left lying in the new bench.
+    with pytest.raises(Killed):
+        build_from(config, output, on_task=die, overwrite=True)
+    (tmp_path / "sources" / "B__Words__t0.jsonl").rename(tmp_path / "sources" / "B__Words__u0.jsonl")
+    bench = build_from(config, output, overwrite=True)
+    assert bench is not None and "B__Words__t0" not in bench.ledger()["tasks"]
+    verify_bench(output)
+
+
+def test_a_task_whose_file_is_gone_or_cut_is_written_again(tmp_path):
+    config = write_sources(tmp_path)
+    build_from(config, tmp_path / "jobs", job=Job(0, 2))
+    cut = working_folder(tmp_path / "jobs") / "bench" / "train" / "B__Words__t0.jsonl"
+    cut.write_bytes(cut.read_bytes()[:-5])
+    build_from(config, tmp_path / "jobs")
+    verify_bench(tmp_path / "jobs")
+
+
+def test_rows_with_an_id_that_was_there_before_stay_and_are_counted(tmp_path):
+    bench = build_from(write_sources(tmp_path, tasks=1), tmp_path / "bench")
+    assert bench is not None
+    account = bench.ledger()["tasks"]["B__Words__t0"]
+    assert account["repaired"] == {"row kept whose id was there before": 2}
+    assert sum(account["written"].values()) + sum(account["dropped"].values()) == 40

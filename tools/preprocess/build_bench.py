@@ -1,6 +1,9 @@
 """Read benchmark folders and write them as one bench with splits, manifest and ledger.
 
 Example: python tools/preprocess/build_bench.py --config examples/demo/bench.yaml --output bench
+
+A killed run goes on where it was when the same command is run again. A SLURM array shares the work: give each
+job --job-index $SLURM_ARRAY_TASK_ID --num-jobs N, then run the same command once without them.
 """
 
 import argparse
@@ -24,32 +27,39 @@ def parse_arguments() -> argparse.Namespace:
         "--source-root", type=Path, help="where relative source folders lie (default: beside the config)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the bench in --output")
+    parser.add_argument("--workers", type=int, default=1, help="writing processes (default: %(default)s)")
+    parser.add_argument(
+        "--log-interval", type=int, default=100, help="tasks between log lines (default: %(default)s)"
+    )
+    parser.add_argument("--job-index", type=int, default=0, help="which of --num-jobs this is, from 0")
+    parser.add_argument("--num-jobs", type=int, default=1, help="jobs that share the tasks out")
     return parser.parse_args()
 
 
-def build(arguments: argparse.Namespace) -> "Bench":
-    """Write the bench behind a progress bar."""
-    from rich.console import Console
-    from rich.progress import Progress
-
+def build(arguments: argparse.Namespace) -> "Bench | None":
+    """Write the bench, or a job's share of it, behind a progress bar."""
     from megatron_iml.data.bench_config import load_bench_config
     from megatron_iml.data.bench_writer import build_bench
+    from megatron_iml.data.jobs import Job
     from megatron_iml.data.ledger import Drops
+    from megatron_iml.data.progress import showing_progress
 
     config = load_bench_config(arguments.config, arguments.source_root)
+    job = Job(arguments.job_index, arguments.num_jobs)
     drops = Drops(config.root)
-    # On stderr, so that stdout holds the summary alone.
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("Listing tasks", total=None)
+    with showing_progress("Writing", "tasks", arguments.log_interval) as meter:
         tasks = config.tasks(drops)
-        progress.update(bar, description="Writing tasks", total=len(tasks))
+        meter.start(sum(job.owns(number) for number in range(len(tasks))))
         return build_bench(
             tasks,
             drops,
             config.splits,
             arguments.output,
             overwrite=arguments.overwrite,
-            on_task=lambda _: progress.advance(bar),
+            inputs=config.inputs_digest(),
+            workers=arguments.workers,
+            job=job,
+            on_task=lambda: meter.advance(1),
         )
 
 
@@ -93,7 +103,10 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print_summary(bench)
+    if bench is None:
+        print("this job's tasks are written; when all jobs are done, run without --job-index and --num-jobs")
+    else:
+        print_summary(bench)
     return 0
 
 
