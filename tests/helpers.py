@@ -1,11 +1,22 @@
 """What many tests need: a small resolved config, and megatron-core's groups around a single rank."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_iml.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_iml.parallel.groups import Layout, start_distributed, stop_distributed
+
+CPU_ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONWARNINGS": "ignore",
+    # As in examples/train_cpu.sh: half the time of these tests is imports.
+    "TORCH_COMPILE_DISABLE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+"""For commands in processes of their own."""
 
 
 def tiny_config(precision: str = "fp32", parallel: ParallelConfig | None = None, **model) -> Config:

@@ -1,7 +1,6 @@
 """A small chain, built once through the commands: files, bench, tokenizer, corpus, plans, train.yaml."""
 
 import json
-import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -10,17 +9,17 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from helpers import CPU_ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
 LEVELS = ("fully_held_out", "partially_supervised", "fully_supervised")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
 
 
 def tool(name: str, *arguments: object) -> None:
     """Run a preprocessing command; its error is the test's."""
     command = [sys.executable, str(ROOT / "tools" / "preprocess" / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=CPU_ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -29,7 +28,7 @@ def launch(ranks: int, module: str, *arguments: object) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *(launcher if ranks > 1 else []), "-m", module, *map(str, arguments)]
     return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=CPU_ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

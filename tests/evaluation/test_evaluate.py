@@ -1,7 +1,6 @@
 """Both commands with a tiny random OPT: the same report under every layout, resumption, mistakes."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers import CPU_ENVIRONMENT
 
 from megatron_iml.checkpoint.store import CheckpointStore, RunState
 from megatron_iml.config import Config, TrainingConfig, load_config
@@ -64,7 +64,7 @@ def run_on_two_ranks(*arguments: object) -> None:
         + ["megatron_iml.evaluate", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=CPU_ENVIRONMENT,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
