@@ -106,13 +106,8 @@ def build_bench(
             return None
         accounts = {stem: record["counts"] for stem, record in zip(stems, records, strict=True)}
         entries = [BenchFile(**entry) for record in records for entry in record["entries"]]
-        staging = folder / "bench"
-        _remove_strangers(staging, {entry.file for entry in entries})
         ledger = {"format_version": FORMAT_VERSION, "tasks": accounts, "skipped_files": drops.skipped_files}
-        (staging / LEDGER).write_bytes(orjson.dumps(ledger, option=orjson.OPT_INDENT_2) + b"\n")
-        (staging / MANIFEST).write_bytes(manifest_bytes(splits.seed, asdict(splits), entries))
-        _put_in_place(staging, output)
-        shutil.rmtree(folder)
+        _finish(folder, entries, ledger, splits, output)
     # Through the reader, which checks what was just written.
     return Bench.open(output)
 
@@ -312,6 +307,17 @@ def _remove_strangers(staging: Path, files: set[str]) -> None:
     for path in staging.glob("*/*"):
         if path.relative_to(staging).as_posix() not in files:
             path.unlink()
+
+
+def _finish(
+    folder: Path, entries: list[BenchFile], ledger: dict[str, Any], splits: Splits, output: Path
+) -> None:
+    staging = folder / "bench"
+    _remove_strangers(staging, {entry.file for entry in entries})
+    (staging / LEDGER).write_bytes(orjson.dumps(ledger, option=orjson.OPT_INDENT_2) + b"\n")
+    (staging / MANIFEST).write_bytes(manifest_bytes(splits.seed, asdict(splits), entries))
+    _put_in_place(staging, output)
+    shutil.rmtree(folder)
 
 
 def _put_in_place(staging: Path, output: Path) -> None:
