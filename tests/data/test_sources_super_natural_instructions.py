@@ -164,3 +164,24 @@ def test_a_task_without_definition_is_an_error(tmp_path):
     tasks, _ = tasks_of(tmp_path, task1={"Definition": [""], "Instances": []})
     with pytest.raises(ValueError, match="task1.json: no `Definition`"):
         list(tasks["task1"].examples())
+
+
+def test_data_sources_and_the_task_level_instruction(tmp_path):
+    both = FINAL | {"Source": ["wsc; enhanced_wsc", "super_glue_x"]}
+    tasks, _ = tasks_of(tmp_path, task1=both, task2=FINAL | {"Source": "bool_q"})
+    assert tasks["task1"].data_sources == ("supergluex", "wsc")
+    assert tasks["task2"].data_sources == ("boolq",)
+    first = next(tasks["task1"].examples())
+    assert first.instruction == "Instructions: Name the capital."
+    assert first.source.startswith(first.instruction)
+
+
+def test_task_lists_may_name_more_than_there_is(tmp_path):
+    tasks_of(tmp_path, task1=FINAL, task2=FINAL)
+    (tmp_path / "train.txt").write_text("task2\ntask7\n")
+    (tmp_path / "other.txt").write_text("task8\n")
+    drops = Drops(tmp_path)
+    assert [task.name for task in read(tmp_path, drops, task_lists=["train.txt"])] == ["task2"]
+    assert drops.skipped_files == {"train.txt": "names 1 of 2 tasks that are not in the folder"}
+    with pytest.raises(ValueError, match="other.txt: names none of the 2 tasks in the folder"):
+        list(read(tmp_path, drops, task_lists=["other.txt"]))

@@ -21,19 +21,49 @@ from pathlib import Path
 from megatron_iml.data.example import Task
 from megatron_iml.data.ledger import Drops
 from megatron_iml.data.sources import (
+    big_bench_hard,
+    crossfit,
+    dialogues,
+    exmix,
+    flan,
     flan_cot,
     grade_school_math,
+    instruction_rows,
+    mmlu,
+    pretraining_text,
+    promptsource,
+    raft,
+    reasoning,
     reasoning_gym,
+    recross,
+    rendered_pairs,
     source_target,
     super_natural_instructions,
+    t5,
+    unified_skg,
 )
 
 READERS: Mapping[str, Callable[..., Iterator[Task]]] = {
+    "big_bench_hard": big_bench_hard.read,
+    "crossfit": crossfit.read,
+    "dialogues": dialogues.read,
+    "exmix": exmix.read,
+    "flan": flan.read,
     "flan_cot": flan_cot.read,
     "grade_school_math": grade_school_math.read,
+    "instruction_rows": instruction_rows.read,
+    "mmlu": mmlu.read,
+    "pretraining_text": pretraining_text.read,
+    "promptsource": promptsource.read,
+    "raft": raft.read,
+    "reasoning": reasoning.read,
     "reasoning_gym": reasoning_gym.read,
+    "recross": recross.read,
+    "rendered_pairs": rendered_pairs.read,
     "source_target": source_target.read,
     "super_natural_instructions": super_natural_instructions.read,
+    "t5": t5.read,
+    "unified_skg": unified_skg.read,
 }
 GENERATORS = frozenset({"reasoning_gym"})
 """Readers that make their examples and so take no folder."""

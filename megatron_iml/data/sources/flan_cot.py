@@ -15,9 +15,16 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from megatron_iml.data.data_sources import data_source
 from megatron_iml.data.example import Example, Task
 from megatron_iml.data.ledger import Drops, TaskCounts
-from megatron_iml.data.sources.reasoning_form import BENCHMARK, CATEGORY, reasoning_source, reasoning_target
+from megatron_iml.data.sources.reasoning_form import (
+    BENCHMARK,
+    CATEGORY,
+    QUESTION_INSTRUCTION,
+    reasoning_source,
+    reasoning_target,
+)
 from megatron_iml.data.text_files import source_files, text_lines
 
 
@@ -30,9 +37,8 @@ def read(folder: Path, drops: Drops) -> Iterator[Task]:
     for path in source_files(folder, "**/*_train.tsv", drops):
         name = "cot_" + path.name.removesuffix("_train.tsv")
         counts = drops.task(BENCHMARK, name)
-        yield Task(
-            name, BENCHMARK, CATEGORY, metric="rouge_l", examples=partial(_examples, path, name, counts)
-        )
+        pick = partial(_examples, path, name, counts)
+        yield Task(name, BENCHMARK, CATEGORY, "rouge_l", pick, data_sources=(data_source(name),))
 
 
 def _examples(path: Path, name: str, counts: TaskCounts) -> Iterator[Example]:
@@ -55,4 +61,5 @@ def _examples(path: Path, name: str, counts: TaskCounts) -> Iterator[Example]:
             category=CATEGORY,
             source=reasoning_source(question),
             targets=(reasoning_target(rationale, answer),),
+            instruction=QUESTION_INSTRUCTION,
         )

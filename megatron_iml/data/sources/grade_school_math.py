@@ -15,7 +15,13 @@ from pathlib import Path
 
 from megatron_iml.data.example import Example, Task
 from megatron_iml.data.ledger import Drops, TaskCounts
-from megatron_iml.data.sources.reasoning_form import BENCHMARK, CATEGORY, reasoning_source, reasoning_target
+from megatron_iml.data.sources.reasoning_form import (
+    BENCHMARK,
+    CATEGORY,
+    QUESTION_INSTRUCTION,
+    reasoning_source,
+    reasoning_target,
+)
 from megatron_iml.data.text_files import as_text, json_lines, source_files
 
 CALCULATOR_ANNOTATION = re.compile(r"<<[^<>]*>>")
@@ -43,7 +49,7 @@ def read(folder: Path, drops: Drops, *, parts: Sequence[str] = ("train",)) -> It
         for path in paths:
             name = f"gsm8k_{part}"
             examples = partial(_examples, path, part, drops.task(BENCHMARK, name))
-            yield Task(name, BENCHMARK, CATEGORY, metric="rouge_l", examples=examples)
+            yield Task(name, BENCHMARK, CATEGORY, "rouge_l", examples, data_sources=("gsm8k",))
 
 
 def _examples(path: Path, part: str, counts: TaskCounts) -> Iterator[Example]:
@@ -65,4 +71,5 @@ def _examples(path: Path, part: str, counts: TaskCounts) -> Iterator[Example]:
             category=CATEGORY,
             source=reasoning_source(question),
             targets=(reasoning_target(rationale, answer),),
+            instruction=QUESTION_INSTRUCTION,
         )

@@ -9,11 +9,14 @@ What enters: a question, its answer and the reasoning between them. What leaves:
 
 BENCHMARK = "Reasoning"
 CATEGORY = "Reasoning"
+# Of the paper's appendix; MATH has its own there.
+QUESTION_INSTRUCTION = "Answer the following question by reasoning step by step."
+MATH_INSTRUCTION = "Answer the following math question by reasoning step by step."
 
 
 def reasoning_source(question: str) -> str:
     """Instruction sentence of the paper's appendix, then the question."""
-    return f"Answer the following question by reasoning step by step.\n{question.strip()}"
+    return f"{QUESTION_INSTRUCTION}\n{question.strip()}"
 
 
 def reasoning_target(rationale: str, answer: str) -> str:

@@ -13,32 +13,38 @@ Schemas: the final one (v2); the pre-release of 2021 (`Definition` a string, nes
 several, "Uncategorised" where there is none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_iml.data.data_sources import data_source
 from megatron_iml.data.example import Example, Task
 from megatron_iml.data.ledger import Drops, TaskCounts
-from megatron_iml.data.text_files import as_texts, json_object, source_files
+from megatron_iml.data.text_files import as_texts, json_object, source_files, text_lines
 
 BENCHMARK = "NIV2"
 
 
-def read(folder: Path, drops: Drops, *, positive_examples: int = 0) -> Iterator[Task]:
+def read(
+    folder: Path, drops: Drops, *, positive_examples: int = 0, task_lists: Sequence[str] = ()
+) -> Iterator[Task]:
     """Tasks of a Super-NaturalInstructions folder.
 
     Args:
         folder: the repository or its `tasks` folder.
         drops: where instances are counted.
         positive_examples: demonstrations that follow a task's definition, separated by blank lines.
+        task_lists: files of task names, one a line, relative to `folder`; only tasks they name are read, e.g.
+            `splits/default/train_tasks.txt`. They may name more tasks than there are.
 
     Raises:
         ValueError: a file is not a task; nothing matches.
     """
     # The official repository keeps its tasks in a folder; derived data sets often lie loose.
     tasks_folder = folder / "tasks" if (folder / "tasks").is_dir() else folder
-    for path in source_files(tasks_folder, "*.json", drops):
+    paths = source_files(tasks_folder, "*.json", drops)
+    for path in _listed(paths, [folder / name for name in task_lists], drops):
         # The category stands inside the file, so it is parsed here and again for its examples: reading twice
         # keeps memory at one file, however many tasks there are.
         content = json_object(path)
@@ -53,6 +59,7 @@ def read(folder: Path, drops: Drops, *, positive_examples: int = 0) -> Iterator[
             category=category,
             metric="rouge_l",
             examples=partial(_examples, path, category, drops.task(BENCHMARK, path.stem), positive_examples),
+            data_sources=_data_sources(content),
         )
 
 
@@ -84,7 +91,33 @@ def _examples(path: Path, category: str, counts: TaskCounts, positive_examples: 
             category=category,
             source=source,
             targets=targets,
+            instruction=instructions,
         )
+
+
+def _listed(paths: Sequence[Path], lists: Sequence[Path], drops: Drops) -> list[Path]:
+    """The files that the lists name, all of them where there is no list."""
+    if not lists:
+        return list(paths)
+    named: set[str] = set()
+    for path in lists:
+        names = {line.strip() for _, line in text_lines(path) if line.strip()}
+        # The official lists name tasks that a partial copy lacks; nobody should have to edit them.
+        if absent := names - {file.stem for file in paths}:
+            drops.skip_file(path, f"names {len(absent)} of {len(names)} tasks that are not in the folder")
+        named |= names
+    listed = [path for path in paths if path.stem in named]
+    if not listed:
+        raise ValueError(f"{lists[0]}: names none of the {len(paths)} tasks in the folder; give other lists")
+    return listed
+
+
+def _data_sources(content: dict[str, Any]) -> tuple[str, ...]:
+    sources = content.get("Source") or []
+    # A text in derived data sets; several names in one text in the official ones ("wsc; enhanced_wsc").
+    names = [sources] if isinstance(sources, str) else sources
+    split = [part for name in names if isinstance(name, str) for part in name.split(";")]
+    return tuple(sorted({data_source(part) for part in split if part.strip()}))
 
 
 def _category(content: dict[str, Any]) -> str:

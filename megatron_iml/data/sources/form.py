@@ -1,0 +1,60 @@
+"""From raw instances to a task, for readers whose instances are one prompt each.
+
+What enters: a reader's iterator of (id, `Form`), or (id, reason) for an instance that cannot be used. What
+leaves: a `Task` whose ledger closes, for every pair is one instance read.
+
+    ("dev-1", Form("Is it?", ("Yes",), ("Yes", "No")))  ->  an Example
+    ("dev-2", "blank question")                         ->  dropped, with that reason
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+from megatron_iml.data.example import Example, Metric, Task
+from megatron_iml.data.ledger import Drops, TaskCounts
+
+
+class Form(NamedTuple):
+    """What a reader makes of an instance: the last fields of an `Example`, in their order."""
+
+    source: str
+    targets: tuple[str, ...]
+    candidates: tuple[str, ...] = ()
+    instruction: str = ""
+    instance: str = ""
+
+
+Instances = Iterator[tuple[str, Form | str]]
+
+
+def make_task(
+    drops: Drops,
+    benchmark: str,
+    name: str,
+    label: str,
+    instances: Callable[[TaskCounts], Instances],
+    *,
+    metric: Metric = "rouge_l",
+    data_sources: tuple[str, ...] = (),
+    parent: str = "",
+    evaluation_only: bool = False,
+) -> Task:
+    """A task of the instances that `instances` yields, given the account to count repairs in."""
+    examples = partial(_examples, benchmark, name, label, instances, drops.task(benchmark, name))
+    return Task(name, benchmark, label, metric, examples, data_sources, parent, evaluation_only)
+
+
+def _examples(
+    benchmark: str,
+    name: str,
+    label: str,
+    instances: Callable[[TaskCounts], Instances],
+    counts: TaskCounts,
+) -> Iterator[Example]:
+    for id, form in instances(counts):
+        counts.read += 1
+        if isinstance(form, str):
+            counts.drop(form)
+        else:
+            yield Example(id, name, benchmark, label, *form)

@@ -1,0 +1,57 @@
+"""ReCross: PromptSource's and BIG-bench's prompts, rendered, with the template named in every record.
+
+What enters: `<folder>/<data set>-<subset>/*.json`, arrays of [input, [outputs], "set|split|template|#row"].
+What leaves: a `Task` of benchmark PromptSource for each folder, named `<data set>__<subset>`.
+
+    ["Wet?", ["Yes", "yes"], "super_glue-boolq|validation|exam|#7"]
+    ->  task "super_glue__boolq", source "Wet?", targets ("Yes", "yes"), instance "validation|#7"
+
+Records of one row under several templates are one instance, so they never straddle a split.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from megatron_iml.data.data_sources import data_source
+from megatron_iml.data.example import Task
+from megatron_iml.data.ledger import Drops, TaskCounts
+from megatron_iml.data.sources.form import Form, Instances, make_task
+from megatron_iml.data.text_files import as_text, as_texts, json_value, source_files
+
+BENCHMARK = "PromptSource"
+
+
+def read(folder: Path, drops: Drops) -> Iterator[Task]:
+    """Tasks of ReCross's data folder.
+
+    Raises:
+        ValueError: a file is not an array of records; nothing matches.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for path in source_files(folder, "*/*.json", drops):
+        folders.setdefault(path.parent, []).append(path)
+    for data_folder, paths in sorted(folders.items()):
+        # The first hyphen alone: in ai2_arc-ARC-Easy the rest is the subset's own.
+        name = data_folder.name.replace("-", "__", 1)
+        source = (data_source(name),)
+        yield make_task(drops, BENCHMARK, name, "", partial(_instances, paths), data_sources=source)
+
+
+def _instances(paths: Sequence[Path], counts: TaskCounts) -> Instances:
+    for path in paths:
+        records = json_value(path)
+        if not isinstance(records, list):
+            raise ValueError(f"{path}: got a JSON {type(records).__name__}, expected an array of records")
+        for number, record in enumerate(records):
+            yield f"{path.stem}-{number}", _form(record, counts)
+
+
+def _form(record: object, counts: TaskCounts) -> Form | str:
+    if not isinstance(record, list) or len(record) != 3 or not isinstance(record[2], str):
+        return "not [input, outputs, place]"
+    source, targets = as_text(record[0], counts), as_texts(record[1], counts)
+    if source is None or targets is None:
+        return "a field is not text"
+    _, split, *_, row = ["", *record[2].split("|")][-4:] if record[2].count("|") < 3 else record[2].split("|")
+    return Form(source.rstrip(), targets, instance=f"{split}|{row}")

@@ -1,0 +1,97 @@
+"""Prompts that others have rendered: JSON Lines of a prompt and its completion, a file for each template.
+
+What enters: `<folder>/**/<data set>_<subset>_<template>.jsonl` as the T0 samples of self-instruct lie, or
+lines of P3 and of FLAN's collection. What leaves: one `Task` for each data set, whatever its templates.
+
+    qasc_is_correct_1.jsonl  {"prompt": "Is rain wet?\\n", "completion": "Yes<|endoftext|>"}
+    qasc_is_correct_2.jsonl  ...
+    ->  task "qasc" of PromptSource: source "Is rain wet?", targets ("Yes",), and the rows of both files
+
+The literal text `<|endoftext|>` at the end of a completion is not part of an answer. Consecutive rows with
+one prompt are one example with several references.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from megatron_iml.data.categories import load_categories
+from megatron_iml.data.data_sources import data_source
+from megatron_iml.data.example import Task
+from megatron_iml.data.ledger import Drops, TaskCounts
+from megatron_iml.data.sources.form import Form, Instances, make_task
+from megatron_iml.data.text_files import as_text, json_lines, source_files
+
+END_OF_TEXT = "<|endoftext|>"
+# Names of the two fields: self-instruct's T0, FLAN's collection, ReCross's downstream files, P3.
+FIELDS = (
+    ("prompt", "completion"),
+    ("inputs", "targets"),
+    ("input_text", "output_text"),
+    ("inputs_pretokenized", "targets_pretokenized"),
+)
+
+
+def read(folder: Path, drops: Drops, *, benchmark: str = "PromptSource") -> Iterator[Task]:
+    """Tasks of a folder of rendered prompts.
+
+    Args:
+        folder: anything above the files.
+        drops: where instances are counted.
+        benchmark: whose data sets of `categories.yaml` the files' names begin with.
+
+    Raises:
+        ValueError: a file whose name begins with no data set of the benchmark; a line without both fields.
+    """
+    names = {
+        re.sub(r"[\W_]+", "_", name).lower(): name
+        for owner, name in load_categories().labels
+        if owner == benchmark
+    }
+    files: dict[str, list[Path]] = {}
+    for path in source_files(folder, "**/*.jsonl", drops):
+        files.setdefault(_data_set(path, names, benchmark), []).append(path)
+    for name, paths in sorted(files.items()):
+        source = (data_source(name),)
+        yield make_task(drops, benchmark, name, "", partial(_instances, paths), data_sources=source)
+
+
+def _data_set(path: Path, names: dict[str, str], benchmark: str) -> str:
+    stem = re.sub(r"[\W_]+", "_", path.stem).lower()
+    # The longest: super_glue__boolq and not another data set of its collection.
+    fitting = [name for name in names if stem == name or stem.startswith(name + "_")]
+    if not fitting:
+        raise ValueError(
+            f"{path}: the name begins with no data set of {benchmark} in data/categories.yaml; "
+            "rename the file, or add its data set"
+        )
+    return names[max(fitting, key=len)]
+
+
+def _instances(paths: Sequence[Path], counts: TaskCounts) -> Instances:
+    for path in paths:
+        waiting: tuple[str, Form] | None = None
+        for number, row in json_lines(path):
+            source, target = _fields(f"{path}:{number}", row, counts)
+            if source is None or target is None:
+                yield f"{path.stem}-{number}", "a field is not text"
+                continue
+            target = target.rstrip().removesuffix(END_OF_TEXT)
+            if waiting is not None and waiting[1].source == source.rstrip():
+                waiting = waiting[0], Form(waiting[1].source, (*waiting[1].targets, target))
+                yield waiting[0], "one more reference of the row before"
+                continue
+            if waiting is not None:
+                yield waiting
+            waiting = f"{path.stem}-{number}", Form(source.rstrip(), (target,))
+        if waiting is not None:
+            yield waiting
+
+
+def _fields(place: str, row: dict[str, object], counts: TaskCounts) -> tuple[str | None, str | None]:
+    for source, target in FIELDS:
+        if source in row and target in row:
+            return as_text(row[source], counts), as_text(row[target], counts)
+    known = ", ".join(" and ".join(pair) for pair in FIELDS)
+    raise ValueError(f"{place}: got the keys {', '.join(sorted(row)) or 'none'}; give {known}")

@@ -1,0 +1,90 @@
+"""Prompts rendered by others: T0-style JSON Lines and ReCross."""
+
+import pytest
+from readers import Reading, write_files
+
+from megatron_iml.data.sources import recross, rendered_pairs
+
+
+def test_templates_of_a_data_set_are_one_task(tmp_path):
+    write_files(
+        tmp_path,
+        {
+            "qasc_is_correct_1.jsonl": [{"prompt": "Is rain wet?\n", "completion": "Yes<|endoftext|>"}],
+            "qasc_qa_with_facts.jsonl": [{"prompt": "Wet?", "completion": "rain\n<|endoftext|> \n"}],
+            "super_glue_boolq_exam.jsonl": [{"prompt": "Q?", "completion": "No<|endoftext|>"}],
+        },
+    )
+    found = Reading(rendered_pairs.read, tmp_path)
+    assert list(found.tasks) == ["qasc", "super_glue__boolq"]
+    assert found.tasks["super_glue__boolq"].data_sources == ("boolq",)
+    first, second = found.examples("qasc")
+    assert (first.source, first.targets) == ("Is rain wet?", ("Yes",))
+    assert second.targets == ("rain\n",)
+
+
+def test_consecutive_rows_of_one_prompt_are_references(tmp_path):
+    rows = [("a", "1"), ("a", "2"), ("b", "3"), ("a", "4"), ("a", "4")]
+    lines = [{"prompt": prompt, "completion": f"{text}<|endoftext|>"} for prompt, text in rows]
+    found = Reading(rendered_pairs.read, write_files(tmp_path, {"qasc_x.jsonl": lines}))
+    assert [(e.source, e.targets) for e in found.examples("qasc")] == [
+        ("a", ("1", "2")),
+        ("b", ("3",)),
+        ("a", ("4", "4")),
+    ]
+    assert found.counts("qasc").dropped == {"one more reference of the row before": 2}
+
+
+def test_other_names_of_the_fields_and_other_benchmarks(tmp_path):
+    write_files(
+        tmp_path,
+        {
+            "rte.jsonl": [
+                {"inputs": "q", "targets": True, "task": "x"},
+                {"input_text": "r", "output_text": None},
+            ]
+        },
+    )
+    found = Reading(rendered_pairs.read, tmp_path, benchmark="FLAN")
+    (example,) = found.examples("rte")
+    assert (example.benchmark, example.targets) == ("FLAN", ("True",))
+    assert found.counts("rte").dropped == {"a field is not text": 1}
+
+
+def test_unknown_names_and_fields_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="nothing_1.jsonl: the name begins with no data set of PromptSource"):
+        Reading(rendered_pairs.read, write_files(tmp_path / "a", {"nothing_1.jsonl": [{}]}))
+    found = Reading(rendered_pairs.read, write_files(tmp_path / "b", {"qasc_1.jsonl": [{"prompt": "x"}]}))
+    with pytest.raises(ValueError, match="qasc_1.jsonl:1: got the keys prompt; give prompt and completion"):
+        found.examples("qasc")
+
+
+def test_recross_records(tmp_path):
+    records = [
+        ["Wet? \n", ["Yes", "yes"], "super_glue-boolq|validation|exam|#7"],
+        ["Is it wet?", ["Yes"], "super_glue-boolq|validation|a|b|#7"],
+        ["x", ["y"]],
+        ["x", [None], "super_glue-boolq|validation|exam|#8"],
+    ]
+    write_files(tmp_path, {"super_glue-boolq/test-1000.json": records, "split.json": {"T0": []}})
+    found = Reading(recross.read, tmp_path)
+    first, second = found.examples("super_glue__boolq")
+    assert (first.source, first.targets, first.instance) == ("Wet?", ("Yes", "yes"), "validation|#7")
+    assert second.instance == first.instance and second.id != first.id
+    assert found.counts("super_glue__boolq").dropped == {
+        "not [input, outputs, place]": 1,
+        "a field is not text": 1,
+    }
+
+
+def test_recross_names_keep_the_hyphens_of_a_subset(tmp_path):
+    write_files(tmp_path, {"ai2_arc-ARC-Easy/test-1000.json": [["q", ["a"], "x|y|z|#1"]], "bb/t.json": []})
+    found = Reading(recross.read, tmp_path)
+    assert list(found.tasks) == ["ai2_arc__ARC-Easy", "bb"]
+    assert found.tasks["ai2_arc__ARC-Easy"].data_sources == ("ai2arc",)
+
+
+def test_recross_files_hold_arrays(tmp_path):
+    found = Reading(recross.read, write_files(tmp_path, {"bb/t.json": {"a": 1}}))
+    with pytest.raises(ValueError, match="t.json: got a JSON dict, expected an array of records"):
+        found.examples("bb")
