@@ -100,7 +100,11 @@ class Pool:
                     module, file, function.__name__, arguments, rank, ranks, store.port, timeout_seconds
                 )
                 workers.append(self._start(job))
-            return collect(workers, function.__name__, timeout_seconds)
+            results = collect(workers, function.__name__, timeout_seconds)
+            for worker in workers:
+                # A rank that ends by itself takes along what it started, such as a save's helpers.
+                worker.process.join(timeout=10.0)
+            return results
         finally:
             # Also after a failure: the other ranks may wait for a collective that never comes.
             for worker in workers:

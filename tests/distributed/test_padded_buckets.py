@@ -17,7 +17,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from pool import Pool
 
 from megatron_iml.checkpoint import store
-from megatron_iml.checkpoint.parameter_map import HUGGING_FACE_NAMES
+from megatron_iml.checkpoint.parameter_map import TABLE
 from megatron_iml.config import Config
 from megatron_iml.training import optimizer
 
@@ -56,7 +56,7 @@ def padded_config() -> Config:
 def shifted_masters(state: dict[str, Any]) -> list[str]:
     """Master weights that are not the weights."""
     names = [name.removeprefix(MASTER) for name in state if name.startswith(MASTER)]
-    assert len(names) == len(HUGGING_FACE_NAMES)
+    assert len(names) == len(TABLE)
     return [name for name in names if not torch.equal(state[MASTER + name], state[name])]
 
 

@@ -15,7 +15,7 @@ from megatron.core import dist_checkpointing
 from pool import Pool
 from torch import Tensor
 
-from megatron_iml.checkpoint.parameter_map import HUGGING_FACE_NAMES
+from megatron_iml.checkpoint.parameter_map import TABLE
 from megatron_iml.checkpoint.store import CheckpointStore, RunState, load_run
 from megatron_iml.config import Config, ParallelConfig
 from megatron_iml.model.initialise import initialise
@@ -78,7 +78,7 @@ def test_state_survives_a_chain_of_layouts(pool: Pool, tmp_path: Path, precision
     unbroken = pool.run(save_and_go_on, 4, config, first)
     state = pool.run(read_tensors, 1, first)[0]
     # Each as weight, master weight and two moments; the layers of one kind are one tensor.
-    assert len(state) == 4 * len(HUGGING_FACE_NAMES)
+    assert len(state) == 4 * len(TABLE)
     chain = {
         "single": (1, SINGLE),
         "interleaved": (2, INTERLEAVED),
