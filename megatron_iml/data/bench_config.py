@@ -52,14 +52,22 @@ class BenchConfig:
         files = [
             (path.relative_to(self.root.anchor).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
             for source in self.sources
-            if source.folder is not None
-            for path in sorted(source.folder.rglob("*"))
+            for folder in _inputs(source)
+            for path in [folder, *sorted(folder.rglob("*"))]
             if path.is_file()
         ]
         sources = [(source.reader, str(source.folder), dict(source.options)) for source in self.sources]
         # Sorted: the order of a set differs from process to process.
         categories = (sorted(self.categories.names), sorted(self.categories.labels.items()))
         return hashlib.sha256(repr((sources, categories, files)).encode()).hexdigest()
+
+
+def _inputs(source: Source) -> list[Path]:
+    """The folder of a source, and the files and folders that its options name (templates, instructions)."""
+    if source.folder is None:
+        return []
+    named = [source.folder / value for value in source.options.values() if isinstance(value, str) and value]
+    return [source.folder, *(path for path in named if path.exists())]
 
 
 def load_bench_config(path: Path, source_root: Path | None = None) -> BenchConfig:

@@ -1,11 +1,14 @@
 """The command line: what a user sees, and the two examples that come with the project."""
 
+import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from readers import write_files
 
 from megatron_iml.data.bench import verify_bench
 from megatron_iml.data.bench_config import load_bench_config
@@ -76,21 +79,74 @@ def test_demo_example_holds_out_two_categories_and_four_tasks():
     assert (len(config.splits.held_out_categories), len(config.splits.held_out_tasks)) == (2, 4)
 
 
-def test_real_example_builds_from_the_real_sample(tmp_path):
-    if not DEVSET.is_dir():
-        pytest.skip("the real sample ../shared/devset is absent")
+def devset_root(folder: Path) -> Path:
+    """The real sample as the example's config wants it, with what it lacks: rows for FLAN, files of T5."""
+    folder.mkdir()
+    for path in DEVSET.iterdir():
+        if path.is_dir() and path.name != "FLAN":
+            (folder / path.name).symlink_to(path)
+    (folder / "FLAN/flan").mkdir(parents=True)
+    (folder / "FLAN/flan/v2").symlink_to(DEVSET / "FLAN/flan/v2")
+    patterns = json.loads((DEVSET / "FLAN/flan/templates.json").read_text())
+    (folder / "FLAN/flan/templates.py").write_text(f"PATTERNS = {patterns!r}\n")
+    parallel = [DEVSET / "e-SNLI/dataset/eSNLI" / name for name in ("s1.dev", "s2.dev", "labels.dev")]
+    numbers = {"entailment": 0, "neutral": 1, "contradiction": 2}
+    rows = [
+        {"premise": premise, "hypothesis": hypothesis, "label": numbers[label]}
+        for premise, hypothesis, label in zip(
+            *(path.read_text().splitlines() for path in parallel), strict=True
+        )
+    ]
+    write_files(
+        folder,
+        {
+            "flan_rows/snli.jsonl": rows,
+            "T5/wmt16_enro_v003/train.jsonl": [
+                {"translation": {"en": f"I have {i} hats.", "ro": f"Am {i} palarii."}} for i in range(40)
+            ],
+        },
+    )
+    return folder
+
+
+@pytest.mark.skipif(not DEVSET.is_dir(), reason="the real sample ../shared/devset is absent")
+def test_the_real_sample_becomes_one_bench_of_all_eight_benchmarks(tmp_path):
     output = tmp_path / "bench"
-    result = run("--config", ROOT / "examples/real/bench.yaml", "--source-root", DEVSET, "--output", output)
+    root = devset_root(tmp_path / "root")
+    result = run("--config", ROOT / "examples/real/bench.yaml", "--source-root", root, "--output", output)
     assert result.returncode == 0, result.stderr
     bench = verify_bench(output)
-    levels = {entry.level: {each.task for each in bench.files(level=entry.level)} for entry in bench.entries}
-    assert {level: len(tasks) for level, tasks in levels.items()} == {
-        "fully_held_out": 4,
-        "partially_supervised": 6,
-        "fully_supervised": 76,
-    }
     ledger = bench.ledger()["tasks"]
-    assert sum(counts["read"] for counts in ledger.values()) == 24_170
+    tasks = {(entry.benchmark, entry.task): entry.category for entry in bench.entries}
+    by_benchmark = Counter(benchmark for benchmark, _ in tasks)
+    assert by_benchmark == {
+        "NIV2": 73,
+        "PromptSource": 32,
+        "CrossFit": 5,
+        "FLAN": 1,
+        "ExMix": 2,
+        "T5": 1,
+        "UnifiedSKG": 4,
+        "Reasoning": 12,
+        "Instructions": 1,
+        "BBH": 10,
+    }
+    assert len(set(tasks.values())) == 42
+    levels = {entry.stem: entry.level for entry in bench.entries}
+    assert Counter(levels.values()) == {
+        "fully_held_out": 7,
+        "partially_supervised": 20,
+        "fully_supervised": 114,
+    }
+    assert sum(counts["read"] for counts in ledger.values()) == 48_641
+    # SNLI is evaluated, so e-SNLI and five tasks of Super-NaturalInstructions are not trained on; nor is one of DART.
+    gone = {name: counts["dropped"] for name, counts in ledger.items() if not counts["written"]}
+    assert {reason for dropped in gone.values() for reason in dropped} == {
+        "shares a data source with a held-out task"
+    }
+    assert sorted(sum(dropped.values()) for dropped in gone.values()) == [200] * 6 + [500]
+    assert "Reasoning__Reasoning__e_snli" in gone
+    assert not any(entry.benchmark == "BBH" for entry in bench.files("train"))
     by_task = {entry.task: entry for entry in bench.files("test")}
     # Two U+2028 stand in a question of GSM8K; every line of the file is one instance all the same.
     assert ledger[by_task["gsm8k_train"].stem]["read"] == (
@@ -99,3 +155,4 @@ def test_real_example_builds_from_the_real_sample(tmp_path):
     references = [len(row.get("references", [row["tgt"]])) for e in bench.entries for row in bench.rows(e)]
     assert max(references) > 10
     assert not any("<<" in row["tgt"] for row in bench.rows(by_task["gsm8k_train"]))
+    assert not any("<|endoftext|>" in row["tgt"] for e in bench.entries for row in bench.rows(e))

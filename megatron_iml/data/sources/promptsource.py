@@ -63,12 +63,13 @@ def read(
             if tables:
                 drops.skip_file(folder / data_set, f"no file of the splits {', '.join(row_splits)}")
             continue
-        usable = [template for template in load_templates(path) if template.original_task]
+        usable = _usable(path)
         if not usable:
             drops.skip_file(folder / data_set, "no template of the original task")
             continue
         name = "__".join(data_set.parts)
-        pick = partial(_examples, files, name, usable, drops.task(BENCHMARK, name), prompts_per_row, seed)
+        # Templates are compiled anew where rows are read: a task must be able to move to another process.
+        pick = partial(_examples, files, name, path, drops.task(BENCHMARK, name), prompts_per_row, seed)
         ranked = all(template.ranks for template in usable)
         yield Task(
             name, BENCHMARK, "", "accuracy" if ranked else "rouge_l", pick, data_sources=(data_source(name),)
@@ -77,14 +78,19 @@ def read(
         raise ValueError(f"{folder}: no data set of {root} has rows here; correct the folder or `templates`")
 
 
+def _usable(path: Path) -> list[Template]:
+    return [template for template in load_templates(path) if template.original_task]
+
+
 def _examples(
     files: Sequence[Path],
     name: str,
-    templates: Sequence[Template],
+    template_file: Path,
     counts: TaskCounts,
     prompts_per_row: int,
     seed: int,
 ) -> Iterator[Example]:
+    templates = _usable(template_file)
     for path in files:
         for number, row in table_rows(path):
             instance = f"{path.stem}-{number}"
