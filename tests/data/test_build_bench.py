@@ -139,7 +139,7 @@ def test_the_real_sample_becomes_one_bench_of_all_eight_benchmarks(tmp_path):
         "fully_supervised": 114,
     }
     assert sum(counts["read"] for counts in ledger.values()) == 48_641
-    # SNLI is evaluated, so e-SNLI and five tasks of Super-NaturalInstructions are not trained on; nor is one of DART.
+    # SNLI is evaluated, so neither e-SNLI nor five tasks of Super-NaturalInstructions are trained on.
     gone = {name: counts["dropped"] for name, counts in ledger.items() if not counts["written"]}
     assert {reason for dropped in gone.values() for reason in dropped} == {
         "shares a data source with a held-out task"
