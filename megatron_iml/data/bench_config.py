@@ -8,13 +8,13 @@ What enters: a YAML file. What leaves: checked sources with absolute folders, an
     splits: splits.yaml
     categories: my_categories.yaml       # optional: labels beside those of data/categories.yaml
 
-A source marked `optional: true` whose folder is not there is recorded in the ledger and left out. A
-relative folder is looked up beside the YAML file, or below another root where one is given; `splits`
-always beside the file.
+A source marked `only_new: true` gives only the tasks whose data sets no other source has; one marked
+`optional: true` whose folder is not there is recorded in the ledger and left out. A relative folder is
+looked up beside the YAML file, or below another root where one is given; `splits` always beside the file.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,13 @@ from megatron_iml.data.sources import Source, read_source
 from megatron_iml.data.splits import Splits, load_splits
 from megatron_iml.data.text_files import yaml_mapping
 
-ENTRY_TYPES: Mapping[str, type] = {"reader": str, "folder": str, "options": dict, "optional": bool}
+ENTRY_TYPES: Mapping[str, type] = {
+    "reader": str,
+    "folder": str,
+    "options": dict,
+    "optional": bool,
+    "only_new": bool,
+}
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,8 @@ class BenchConfig:
         """Every task of every source under its category; examples are not read yet."""
         for folder in self.absent:
             drops.skip_file(folder, "optional source, folder not there")
-        tasks = [task for source in self.sources for task in read_source(source, drops)]
-        return categorise(tasks, self.categories)
+        read = [(source, list(read_source(source, drops))) for source in self.sources]
+        return categorise(_without_repeats(read, drops), self.categories)
 
     def inputs_digest(self) -> str:
         """Changes with the sources, their options, the categories, and any file's name, size or date."""
@@ -56,10 +62,31 @@ class BenchConfig:
             for path in [folder, *sorted(folder.rglob("*"))]
             if path.is_file()
         ]
-        sources = [(source.reader, str(source.folder), dict(source.options)) for source in self.sources]
+        sources = [
+            (each.reader, str(each.folder), dict(each.options), each.only_new) for each in self.sources
+        ]
         # Sorted: the order of a set differs from process to process.
         categories = (sorted(self.categories.names), sorted(self.categories.labels.items()))
         return hashlib.sha256(repr((sources, categories, files)).encode()).hexdigest()
+
+
+def _without_repeats(read: Sequence[tuple[Source, Sequence[Task]]], drops: Drops) -> list[Task]:
+    """The tasks of all sources but those of an `only_new` source whose data set another one has."""
+    seen = {
+        name for source, tasks in read if not source.only_new for task in tasks for name in task.data_sources
+    }
+    kept: list[Task] = []
+    for source, tasks in read:
+        for task in tasks:
+            if source.only_new and not seen.isdisjoint(task.data_sources):
+                assert source.folder is not None, f"{task.name} has data sources, and yet no folder"
+                drops.skip_file(source.folder / task.name, "only_new: another source has its data set")
+            else:
+                kept.append(task)
+        # Of two such sources the first keeps what both have.
+        if source.only_new:
+            seen |= {name for task in tasks for name in task.data_sources}
+    return kept
 
 
 def _inputs(source: Source) -> list[Path]:
@@ -112,10 +139,11 @@ def _source(path: Path, root: Path, entry: object) -> Source | Path:
         or not all(isinstance(value, ENTRY_TYPES[key]) for key, value in entry.items())
     ):
         raise ValueError(
-            f"{path}: a source is {entry!r}; give a reader and, as it needs, folder, options and optional"
+            f"{path}: a source is {entry!r}; give a reader and, as it needs, folder, options, "
+            "optional and only_new"
         )
     folder = root / entry["folder"] if "folder" in entry else None
-    source = Source(entry["reader"], folder, entry.get("options", {}))
+    source = Source(entry["reader"], folder, entry.get("options", {}), entry.get("only_new", False))
     if folder is None or folder.is_dir():
         return source
     if entry.get("optional", False):

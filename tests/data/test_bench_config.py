@@ -93,3 +93,28 @@ def test_a_table_of_ones_own_is_named_beside_the_splits(tmp_path):
     (tmp_path / "own.yaml").write_text("Riddles: {B: [t]}\n")
     config = load_bench_config(write(tmp_path, GOOD + "categories: own.yaml\n"))
     assert [task.category for task in config.tasks(Drops())] == ["Riddles"]
+
+
+def test_only_new_leaves_out_data_sets_that_another_source_has(tmp_path):
+    for name in ("codah", "cogs"):
+        path = tmp_path / "crossfit" / f"{name}_16_13_dev.tsv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a\tb\n")
+    (tmp_path / "exmix").mkdir()
+    (tmp_path / "exmix" / "dev.tsv").write_text("a\tb\n")
+    (tmp_path / "t0").mkdir()
+    (tmp_path / "t0" / "codah_x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "splits.yaml").write_text("seed: 1\n")
+    (tmp_path / "bench.yaml").write_text(
+        "sources:\n- {reader: crossfit, folder: crossfit, only_new: true}\n"
+        "- {reader: exmix, folder: exmix, options: {data_set: cogs}, only_new: true}\n"
+        "- {reader: rendered_pairs, folder: t0}\nsplits: splits.yaml\n"
+    )
+    config = load_bench_config(tmp_path / "bench.yaml")
+    drops = Drops(config.root)
+    found = [(task.benchmark, task.name) for task in config.tasks(drops)]
+    assert found == [("CrossFit", "cogs"), ("PromptSource", "codah")]
+    assert drops.skipped_files == {
+        "crossfit/codah": "only_new: another source has its data set",
+        "exmix/cogs": "only_new: another source has its data set",
+    }

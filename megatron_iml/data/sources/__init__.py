@@ -76,6 +76,8 @@ class Source:
     reader: str
     folder: Path | None = None
     options: Mapping[str, object] = field(default_factory=dict)
+    only_new: bool = False
+    """Leave out tasks whose data set another source has, as the paper did for CrossFit, ExMix and T5."""
 
     def __post_init__(self) -> None:
         if self.reader not in READERS:
