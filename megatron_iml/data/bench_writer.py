@@ -15,11 +15,10 @@ has a record, so a build that was killed goes on, and jobs can share the tasks o
 """
 
 import hashlib
-import shutil
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,7 @@ from megatron_iml.data.splits import (
     instance_hash,
     source_hash,
 )
+from megatron_iml.data.staging import check_output, put_in_place, working_folder
 
 
 def build_bench(
@@ -89,10 +89,10 @@ def build_bench(
     # Everything that can be wrong with names is found before the first example is read.
     levels = levels_of(splits, tasks)
     stems = _unique_stems(tasks)
-    _check_output(output, overwrite)
+    check_output(output, overwrite)
     # As text: a record read back holds lists where the splits hold tuples.
     origin = inputs and hashlib.sha256(f"{inputs} {splits}".encode()).hexdigest()
-    with _working_folder(output, keep=inputs is not None) as folder, worker_pool(workers) as pool:
+    with working_folder(output, keep=inputs is not None) as folder, worker_pool(workers) as pool:
         works = [
             (task, stem, level, splits, drops.task(task.benchmark, task.name), origin, folder)
             for number, (task, stem, level) in enumerate(zip(tasks, stems, levels, strict=True))
@@ -119,11 +119,6 @@ def _in_order(pool: ProcessPoolExecutor | None, works: list[tuple[Any, ...]]) ->
     else:
         for future in [pool.submit(_write_or_keep, *work) for work in works]:
             yield future.result()
-
-
-def working_folder(output: Path) -> Path:
-    """Where the tasks of an unfinished bench lie: beside it, so that a rename puts it in place."""
-    return output.absolute().parent / f".{output.name}.partial"
 
 
 def render_row(example: Example, metric: Metric, seed: int, counts: TaskCounts) -> dict[str, Any] | None:
@@ -274,34 +269,6 @@ def _unique_stems(tasks: Sequence[Task]) -> list[str]:
     return list(owners)
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not (output / MANIFEST).is_file() or not (output / LEDGER).is_file():
-        raise ValueError(
-            f"{output} holds something that is not a bench and is never replaced; give another --output"
-        )
-    if not overwrite:
-        raise ValueError(
-            f"{output} holds a bench already; give another --output, or --overwrite to replace it"
-        )
-
-
-@contextmanager
-def _working_folder(output: Path, keep: bool) -> Iterator[Path]:
-    """The folder of unfinished work with its parts; what is in it stays after a failure if `keep`."""
-    folder = working_folder(output)
-    if not keep:
-        shutil.rmtree(folder, ignore_errors=True)
-    for part in ("records", *(f"bench/{split}" for split in SPLITS)):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    try:
-        yield folder
-    finally:
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def _remove_strangers(staging: Path, files: set[str]) -> None:
     # Tasks that a first try knew and this one does not, e.g. since a source was taken out.
     for path in staging.glob("*/*"):
@@ -316,15 +283,4 @@ def _finish(
     _remove_strangers(staging, {entry.file for entry in entries})
     (staging / LEDGER).write_bytes(orjson.dumps(ledger, option=orjson.OPT_INDENT_2) + b"\n")
     (staging / MANIFEST).write_bytes(manifest_bytes(splits.seed, asdict(splits), entries))
-    _put_in_place(staging, output)
-    shutil.rmtree(folder)
-
-
-def _put_in_place(staging: Path, output: Path) -> None:
-    # A folder cannot be renamed over a full one: the old bench steps aside, and goes when the new one stands.
-    replaced = working_folder(output).with_suffix(".replaced")
-    if output.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        output.rename(replaced)
-    staging.rename(output)
-    shutil.rmtree(replaced, ignore_errors=True)
+    put_in_place(staging, output)

@@ -7,11 +7,12 @@ import pytest
 
 from megatron_iml.data.bench import Bench, verify_bench
 from megatron_iml.data.bench_config import load_bench_config
-from megatron_iml.data.bench_writer import build_bench, render_row, working_folder
+from megatron_iml.data.bench_writer import build_bench, render_row
 from megatron_iml.data.example import Example, Metric, Task
 from megatron_iml.data.jobs import Job
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.splits import Splits
+from megatron_iml.data.staging import unfinished_folder
 
 SPLITS = Splits(
     held_out_categories=("Cause Effect",),
@@ -279,11 +280,11 @@ def test_bytes_do_not_depend_on_workers_or_jobs(tmp_path):
     for index in (1, 0):
         assert build_from(config, tmp_path / "jobs", job=Job(index, 2)) is None
         assert not (tmp_path / "jobs").exists()
-    records = working_folder(tmp_path / "jobs") / "records"
+    records = unfinished_folder(tmp_path / "jobs") / "records"
     assert sorted(path.name for path in records.iterdir()) == [f"B__Words__t{i}.json" for i in range(3)]
     build_from(config, tmp_path / "jobs")
     assert bytes_of(tmp_path / "jobs") == bytes_of(alone.folder)
-    assert not working_folder(tmp_path / "jobs").exists()
+    assert not unfinished_folder(tmp_path / "jobs").exists()
 
 
 def test_a_killed_build_keeps_its_tasks_but_no_stale_ones(tmp_path):
@@ -298,7 +299,7 @@ def test_a_killed_build_keeps_its_tasks_but_no_stale_ones(tmp_path):
 
     with pytest.raises(Killed):
         build_from(config, output, on_task=die)
-    kept = working_folder(output) / "bench" / "train" / "B__Words__t0.jsonl"
+    kept = unfinished_folder(output) / "bench" / "train" / "B__Words__t0.jsonl"
     written = kept.stat().st_mtime_ns
     assert not output.exists()
     build_from(config, output)
@@ -316,7 +317,7 @@ def test_a_killed_build_keeps_its_tasks_but_no_stale_ones(tmp_path):
 def test_a_task_whose_file_is_gone_or_cut_is_written_again(tmp_path):
     config = write_sources(tmp_path)
     build_from(config, tmp_path / "jobs", job=Job(0, 2))
-    cut = working_folder(tmp_path / "jobs") / "bench" / "train" / "B__Words__t0.jsonl"
+    cut = unfinished_folder(tmp_path / "jobs") / "bench" / "train" / "B__Words__t0.jsonl"
     cut.write_bytes(cut.read_bytes()[:-5])
     build_from(config, tmp_path / "jobs")
     verify_bench(tmp_path / "jobs")

@@ -1,0 +1,68 @@
+"""Find training tasks that share runs of words with evaluation tasks; write a report and a decision file.
+
+Examples: python tools/preprocess/find_contamination.py --input bench --output contamination --workers 16
+          (read contamination/report.md, change contamination/decisions.yaml)
+          python tools/preprocess/remove_contamination.py --input bench --findings contamination \\
+              --output clean
+
+A killed search goes on where it was when the same command is run again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line; nothing heavy is imported before it is parsed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", type=Path, required=True, help="bench folder")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the findings")
+    parser.add_argument("--ngram", type=int, default=13, help="words of a run (default: %(default)s)")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.01,
+        help="pairs are reported above this share of an evaluation file (default: %(default)s)",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="searching processes (default: %(default)s)")
+    parser.add_argument(
+        "--log-interval", type=int, default=1_000_000, help="rows between log lines (default: %(default)s)"
+    )
+    return parser.parse_args()
+
+
+def find(arguments: argparse.Namespace) -> None:
+    """Search behind a progress bar, write the report, print its head."""
+    from megatron_iml.data.contamination import Search, find_contamination
+    from megatron_iml.data.contamination_report import DECISION_FILE, REPORT, write_report
+    from megatron_iml.data.progress import showing_progress
+
+    search = Search(arguments.input, arguments.output, arguments.ngram, arguments.workers)
+    with showing_progress("Comparing", "rows", arguments.log_interval) as meter:
+        findings = find_contamination(search, meter.start, meter.advance)
+    pairs = write_report(findings, arguments.threshold)
+    specific = sum(pair.specific > arguments.threshold * pair.evaluation.examples for pair in pairs)
+    print(
+        f"{len(pairs)} pairs share more than {arguments.threshold:.1%}, "
+        f"{specific} of them beyond instructions; "
+        f"read {arguments.output / REPORT}, decide in {arguments.output / DECISION_FILE}"
+    )
+
+
+def main() -> int:
+    """Exit code 2 and one line for the user's mistakes."""
+    arguments = parse_arguments()
+    try:
+        find(arguments)
+    # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

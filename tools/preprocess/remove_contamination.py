@@ -1,0 +1,52 @@
+"""Write a bench without what a decision file takes out of it; see find_contamination.py.
+
+Example: python tools/preprocess/remove_contamination.py --input bench --findings contamination --output clean
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line; nothing heavy is imported before it is parsed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", type=Path, required=True, help="bench folder, which stays as it is")
+    parser.add_argument("--findings", type=Path, required=True, help="folder with decisions.yaml")
+    parser.add_argument("--output", type=Path, required=True, help="bench folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the bench in --output")
+    return parser.parse_args()
+
+
+def remove(arguments: argparse.Namespace) -> None:
+    """Write the bench and print what went, by file."""
+    from megatron_iml.data.bench import Bench
+    from megatron_iml.data.decontaminate import remove_contamination
+
+    before = {entry.file: entry.examples for entry in Bench.open(arguments.input).entries}
+    bench = remove_contamination(
+        arguments.input, arguments.findings, arguments.output, overwrite=arguments.overwrite
+    )
+    after = {entry.file: entry.examples for entry in bench.entries}
+    for file, examples in before.items():
+        if gone := examples - after.get(file, 0):
+            print(f"{file}: {gone:,} of {examples:,} rows removed")
+    print(f"{bench.folder}: {sum(after.values()):,} of {sum(before.values()):,} rows kept")
+
+
+def main() -> int:
+    """Exit code 2 and one line for the user's mistakes."""
+    arguments = parse_arguments()
+    try:
+        remove(arguments)
+    # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
