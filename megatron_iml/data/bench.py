@@ -62,7 +62,7 @@ class BenchFile:
     file: str
     """Path relative to the bench folder."""
     parent: str = ""
-    """The task of which this is one part, as each subject of MMLU is; empty for a task of its own."""
+    """The task of which this is a part, or which other benchmarks have as well; empty for one of its own."""
 
     @property
     def stem(self) -> str:

@@ -53,6 +53,7 @@ class Task:
     data_sources: tuple[str, ...] = ()
     """Data sets the task was made from, as `data_sources.data_source` spells them."""
     parent: str = ""
-    """The task of which this is a part, as "mmlu" of its 57 subjects; evaluation averages parts first."""
+    """The task of which this is a part ("mmlu" of its 57 subjects), or which other benchmarks have as well
+    ("copa" of super_glue__copa): evaluation averages over parts, then over benchmarks, then over tasks."""
     evaluation_only: bool = False
     """Made to be evaluated on (BBH, MMLU, RAFT): never trained on, whatever the splits file says."""

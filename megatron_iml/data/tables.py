@@ -106,6 +106,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 KINDS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": json_lines,
+    ".jsonlines": json_lines,
     ".json": _json,
     ".csv": _csv,
     ".tsv": _tsv,

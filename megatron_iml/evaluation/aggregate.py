@@ -48,7 +48,7 @@ class TaskScore:
     cut_prompts: int = 0
     unfinished_answers: int = 0
     parent: str = ""
-    """The task this is a part of; empty for a task of its own."""
+    """The task this is a part of, or another benchmark's form of; empty for a task of its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ def test_a_data_set_is_one_task_with_choices_and_sources(tmp_path):
     assert list(found.tasks) == ["super_glue__wic"]
     task = found.tasks["super_glue__wic"]
     assert (task.benchmark, task.metric, task.data_sources) == ("PromptSource", "accuracy", ("wic",))
+    assert task.parent == "wic"
     first, second = found.examples("super_glue__wic")
     assert (first.source, first.targets) == ("Is sea wet? Yes, No", ("Yes",))
     assert (second.targets, second.candidates) == (("No",), ("Yes", "No"))

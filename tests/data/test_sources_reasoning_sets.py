@@ -1,5 +1,7 @@
 """The reasoning data sets in the files of their own repositories."""
 
+import json
+
 import pytest
 from readers import Reading, write_files
 
@@ -100,7 +102,26 @@ def test_ecqa_qasc_and_proofwriter(tmp_path):
     assert examples == [(f"{STEP}S?\n(A) x\n(B) y", ("F. G. The answer is y",))]
     row = {"theory": "T.", "question": "Q.", "answer": True, "allProofs": "T -> Q"}
     _, examples = solved(tmp_path, "proofwriter", {"dev.jsonl": [row]})
-    assert examples[0][1] == ("T -> Q The answer is true",)
+    question = f"{STEP}T.\nIs the following true, false or unknown? Q."
+    assert examples == [(question, ("T -> Q The answer is true",))]
+    meta = {"theory": "T.", "allProofs": "T -> Q", "questions": {"Q1": row, "Q2": {"question": "R."}}}
+    counts, examples = solved(tmp_path / "meta", "proofwriter", {"meta-dev.jsonl": [meta]})
+    assert examples == [(question, ("T -> Q The answer is true",))]
+    assert counts.dropped == {"fields are missing or of another kind": 1}
+
+
+def test_qed_explains_by_a_sentence_of_the_paragraph(tmp_path):
+    row = {
+        "example_id": -(2**62),
+        "question_text": "who ran?",
+        "paragraph_text": "Ann ran. Bo sat.",
+        "annotation": {
+            "answer": [{"paragraph_reference": {"string": "Ann"}}],
+            "selected_sentence": {"string": "Ann ran."},
+        },
+    }
+    _, examples = solved(tmp_path, "qed", {"qed-dev.jsonlines": json.dumps(row) + "\n"})
+    assert examples == [(f"{STEP}Ann ran. Bo sat.\nwho ran?", ("Ann ran. The answer is Ann",))]
 
 
 def test_math_answers_stand_in_a_box_of_nested_braces(tmp_path):

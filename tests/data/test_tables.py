@@ -51,7 +51,7 @@ def test_parquet_rows(tmp_path):
         ("t.csv", b"a\n\xe9\n", "t.csv:2: not UTF-8"),
         ("t.json", b"[1]", "record 1 is a JSON int; expected an object"),
         ("t.jsonl", b"[1]\n", "t.jsonl:1: got a JSON list"),
-        ("t.txt", b"", "t.txt: no table; give one of .jsonl, .json, .csv, .tsv, .parquet"),
+        ("t.txt", b"", "t.txt: no table; give one of .jsonl, .jsonlines, .json, .csv, .tsv, .parquet"),
     ],
 )
 def test_malformed_tables_name_their_place(tmp_path, name, content, message):

@@ -114,3 +114,13 @@ def test_parts_are_averaged_before_anything_else() -> None:
     # (mean(0.2, 0.4, 0.6) + 0.8) / 2, and x counts as much as all subjects.
     assert result.columns[Column(level, "MMLU")].mean == pytest.approx(0.6)
     assert result.benchmarks["MMLU"].mean == pytest.approx(0.7)
+
+
+def test_a_task_is_one_task_whatever_its_benchmarks_call_it() -> None:
+    level = "fully_held_out"
+    copa = [
+        replace(score("super_glue__copa", "PromptSource", "cause", level, 0.8), parent="copa"),
+        replace(score("copa", "FLAN", "cause", level, 0.4), parent="copa"),
+    ]
+    result = aggregate([*copa, score("glucose", "NIV2", "cause", level, 0.2)])
+    assert result.columns[Column(level, "cause")].mean == pytest.approx((0.6 + 0.2) / 2)

@@ -38,7 +38,8 @@ def read(folder: Path, drops: Drops) -> Iterator[Task]:
         name = "cot_" + path.name.removesuffix("_train.tsv")
         counts = drops.task(BENCHMARK, name)
         pick = partial(_examples, path, name, counts)
-        yield Task(name, BENCHMARK, CATEGORY, "rouge_l", pick, data_sources=(data_source(name),))
+        source = data_source(name)
+        yield Task(name, BENCHMARK, CATEGORY, "rouge_l", pick, data_sources=(source,), parent=source)
 
 
 def _examples(path: Path, name: str, counts: TaskCounts) -> Iterator[Example]:

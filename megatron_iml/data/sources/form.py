@@ -40,7 +40,11 @@ def make_task(
     parent: str = "",
     evaluation_only: bool = False,
 ) -> Task:
-    """A task of the instances that `instances` yields, given the account to count repairs in."""
+    """A task of the instances that `instances` yields, given the account to count repairs in.
+
+    Its parent is its data set unless another is given: that is its name in other benchmarks, too.
+    """
+    parent = parent or (data_sources[0] if data_sources else "")
     examples = partial(_examples, benchmark, name, label, instances, drops.task(benchmark, name))
     return Task(name, benchmark, label, metric, examples, data_sources, parent, evaluation_only)
 

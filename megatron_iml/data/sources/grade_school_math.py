@@ -49,7 +49,8 @@ def read(folder: Path, drops: Drops, *, parts: Sequence[str] = ("train",)) -> It
         for path in paths:
             name = f"gsm8k_{part}"
             examples = partial(_examples, path, part, drops.task(BENCHMARK, name))
-            yield Task(name, BENCHMARK, CATEGORY, "rouge_l", examples, data_sources=("gsm8k",))
+            source = "gsm8k"
+            yield Task(name, BENCHMARK, CATEGORY, "rouge_l", examples, data_sources=(source,), parent=source)
 
 
 def _examples(path: Path, part: str, counts: TaskCounts) -> Iterator[Example]:

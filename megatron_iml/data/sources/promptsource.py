@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_iml.data.data_sources import data_source
-from megatron_iml.data.example import Example, Task
+from megatron_iml.data.example import Example, Metric, Task
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.sources.jinja_templates import Prompt, Template, draw, load_templates
 from megatron_iml.data.tables import KINDS, table_rows
@@ -71,9 +71,9 @@ def read(
         # Templates are compiled anew where rows are read: a task must be able to move to another process.
         pick = partial(_examples, files, name, path, drops.task(BENCHMARK, name), prompts_per_row, seed)
         ranked = all(template.ranks for template in usable)
-        yield Task(
-            name, BENCHMARK, "", "accuracy" if ranked else "rouge_l", pick, data_sources=(data_source(name),)
-        )
+        source = data_source(name)
+        metric: Metric = "accuracy" if ranked else "rouge_l"
+        yield Task(name, BENCHMARK, "", metric, pick, data_sources=(source,), parent=source)
     if not found:
         raise ValueError(f"{folder}: no data set of {root} has rows here; correct the folder or `templates`")
 

@@ -120,9 +120,17 @@ def _qed(row: dict[str, Any]) -> Solved:
     return question, answer, (annotation["selected_sentence"]["string"],)
 
 
-def _proof_writer(row: dict[str, Any]) -> Solved:
-    question = f"{row['theory']}\nIs the following true, false or unknown? {row['question']}"
-    return question, str(row["answer"]).lower(), (str(row["allProofs"]),)
+def _proof_writer(path: Path) -> Iterator[tuple[str, Solved]]:
+    """Theories with their questions (`meta-*.jsonl`), or a row for each question, as copies have it."""
+    for number, row in table_rows(path):
+        nested = row.get("questions")
+        questions = nested if isinstance(nested, dict) else {"0": row}
+        for name, asked in questions.items():
+            try:
+                question = f"{row['theory']}\nIs the following true, false or unknown? {asked['question']}"
+                yield f"{number}-{name}", (question, str(asked["answer"]).lower(), (row["allProofs"],))
+            except MALFORMED:
+                yield f"{number}-{name}", "fields are missing or of another kind"
 
 
 def _math(path: Path) -> Iterator[tuple[str, Solved]]:
@@ -173,7 +181,7 @@ DATA_SETS: Mapping[str, DataSet] = {
     "ecqa": DataSet("**/cqa_data*.csv", partial(_rows, _ecqa)),
     "e_snli": DataSet("**/*1.*", e_snli),
     "math": DataSet("**/*.json", _math, MATH_INSTRUCTION),
-    "proofwriter": DataSet("**/*.jsonl", partial(_rows, _proof_writer)),
+    "proofwriter": DataSet("**/*.jsonl", _proof_writer),
     "qasc": DataSet("**/*.jsonl", partial(_rows, _qasc)),
     "qed": DataSet("**/*.jsonlines", partial(_rows, _qed)),
     "strategyqa": DataSet("**/*.json", partial(_rows, _strategy_qa)),
