@@ -12,6 +12,9 @@ import orjson
 from megatron_iml.data.corpus import FORMAT_VERSION, Corpus, CorpusTask, canonical_digest
 from megatron_iml.data.corpus_build import BuildConfig, build_corpus
 from megatron_iml.data.corpus_format import ShardWriter
+from megatron_iml.data.packing import PackingConfig
+from megatron_iml.data.plan import Plan
+from megatron_iml.data.plan_build import build_plan
 
 # Rows of a bench by file: several references, a source that ends in a line break, none at all.
 ROWS = {
@@ -99,6 +102,10 @@ def write_corpus(
         )
         records.append(asdict(record))
         first = stop
+    return _open_written(folder, writer, records)
+
+
+def _open_written(folder: Path, writer: ShardWriter, records: list[dict]) -> Corpus:
     content = {
         "format_version": FORMAT_VERSION,
         "origin": {},
@@ -109,6 +116,30 @@ def write_corpus(
     manifest = {"fingerprint": canonical_digest(content), **content}
     (folder / "manifest.json").write_bytes(orjson.dumps(manifest))
     return Corpus.open(folder)
+
+
+def write_lengths(folder: Path, tasks: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Corpus:
+    """Write documents of which only the lengths matter, source and target of each, and open the corpus."""
+    folder.mkdir(parents=True)
+    writer = ShardWriter(folder / "shard-00000", vocab_size=1 << 16)
+    records, first = [], 0
+    for name, (sources, targets) in tasks.items():
+        sizes = np.stack([sources, targets], axis=1).astype(np.int32).ravel()
+        counts = 1 + (np.asarray(sources) > 0).astype(np.int32)
+        writer.write(np.full(sizes.sum(), 10, dtype=np.uint16), sizes[sizes > 0], counts)
+        benchmark, category, task = name.split("__", 2)
+        stop, total, target = first + len(counts), int(sizes.sum()), int(np.sum(targets))
+        level = "fully_supervised"
+        record = CorpusTask(name, task, benchmark, category, level, len(counts), first, stop, total, target)
+        records.append(asdict(record))
+        first = stop
+    return _open_written(folder, writer, records)
+
+
+def plan_of(corpus: Corpus, config: PackingConfig, folder: Path, workers: int = 1) -> Plan:
+    """Build a plan without anyone watching, and open it."""
+    build_plan(corpus, config, folder, lambda documents, total: None, workers)
+    return Plan.open(folder)
 
 
 def build(config: BuildConfig) -> Corpus:

@@ -26,6 +26,7 @@ class MemoryLoader:
         arrays = PlanArrays(
             entries=entries,
             row_starts=np.concatenate([[0], np.cumsum(lengths)]),
+            row_slots=np.array([row.layout.num_real for row in assembled], dtype=np.uint32),
             row_targets=np.array([row.layout.num_targets for row in assembled], dtype=np.uint32),
             row_pairs=np.array(pairs, dtype=np.uint64),
         )

@@ -5,13 +5,13 @@
 
 How text becomes tokens: encoding.py. Reading needs no tokenizer.
 
-Suffixes: D documents, S sequences, L tokens of one document.
+Suffixes: N documents asked for, S sequences, L tokens of one document.
 """
 
 import hashlib
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from megatron_iml.data.corpus_format import Shard, UInt16
 from megatron_iml.data.manifest import MANIFEST, read_manifest
+
+Int64 = NDArray[np.int64]
 
 FORMAT_VERSION = 1
 MANIFEST_KEYS = frozenset({"format_version", "fingerprint", "origin", "tokenizer", "shards", "tasks"})
@@ -121,33 +123,30 @@ class Corpus:
         assert reference < stop - first - 1, f"document {document} has no reference {reference}"
         return shard.read(first, first + 1 + reference), int(shard.sizes_S[first])
 
-    @cached_property
-    def source_lengths_D(self) -> NDArray[np.int32]:
-        """Tokens of every document's source, int32 [D]; 0 where there is none."""
-        return np.concatenate([_source_lengths(shard) for shard in self._shards])
+    def _boundaries(self, documents_N: Int64) -> Iterator[tuple[Shard, NDArray[np.bool_], Int64, Int64]]:
+        """Yield each shard with which of the documents it holds, and their first and last sequences there."""
+        shard_of_N = np.searchsorted(self._first_documents, documents_N, side="right") - 1
+        for number in np.unique(shard_of_N).tolist():
+            shard, here_N = self._shards[number], shard_of_N == number
+            local = documents_N[here_N] - self._first_documents[number]
+            yield shard, here_N, shard.boundaries_D[local], shard.boundaries_D[local + 1] - 1
 
-    @cached_property
-    def num_references_D(self) -> NDArray[np.int32]:
-        """Targets of every document, int32 [D]."""
-        counts = [np.diff(shard.boundaries_D).astype(np.int32) for shard in self._shards]
-        return np.maximum(np.concatenate(counts) - 1, 1)
+    def reference_counts(self, documents_N: Int64) -> Int64:
+        """Return how many targets each of these documents has, int64 [N]."""
+        counts_N = np.empty(len(documents_N), dtype=np.int64)
+        for _, here_N, first, last in self._boundaries(documents_N):
+            counts_N[here_N] = np.maximum(last - first, 1)
+        return counts_N
 
-    def reference_lengths(
-        self, documents: NDArray[np.int64], references: NDArray[np.int64]
-    ) -> NDArray[np.int32]:
-        """Return the tokens of one target of each document named, int32, `</s>` included."""
-        lengths = np.empty(len(documents), dtype=np.int32)
-        shard_of = np.searchsorted(self._first_documents, documents, side="right") - 1
-        for number in np.unique(shard_of).tolist():
-            shard, here = self._shards[number], shard_of == number
-            local = documents[here] - self._first_documents[number]
-            first = shard.boundaries_D[local]
-            has_source = shard.boundaries_D[local + 1] - first > 1
-            lengths[here] = shard.sizes_S[first + np.where(has_source, 1 + references[here], 0)]
-        return lengths
+    def lengths(self, documents_N: Int64, references_N: Int64) -> tuple[Int64, Int64]:
+        """Return the tokens of the source (0: none) and of one target of each document, both int64 [N].
 
-
-def _source_lengths(shard: Shard) -> NDArray[np.int32]:
-    # One sequence alone is a target: pretraining text has no source.
-    has_source = np.diff(shard.boundaries_D) > 1
-    return np.where(has_source, shard.sizes_S[shard.boundaries_D[:-1]], 0).astype(np.int32)
+        Of the documents named only: arrays over a whole corpus would grow with it, in every process.
+        """
+        sources_N, targets_N = np.zeros((2, len(documents_N)), dtype=np.int64)
+        for shard, here_N, first, last in self._boundaries(documents_N):
+            # One sequence alone is a target: pretraining text has no source.
+            has_source = last > first
+            sources_N[here_N] = np.where(has_source, shard.sizes_S[first], 0)
+            targets_N[here_N] = shard.sizes_S[first + np.where(has_source, 1 + references_N[here_N], 0)]
+        return sources_N, targets_N

@@ -1,43 +1,36 @@
-"""Builds a pack plan: a corpus, a mixture and a seed enter, rows of whole documents leave; lengths only.
+"""Packs one window of draws into rows of whole documents; a corpus, a stream and a number enter, rows leave.
 
-    draw    task quotas by largest remainder, then one stream of documents, cut or dropped: see draws.py
-    pack    windows of the stream, in order: longest document first, each into the row it fills best
-    order   rows are shuffled within their window; nothing depends on the number of data-parallel ranks
+    draw    the window's stretch of the stream, documents cut or dropped: draws.py
+    hang    if asked for, documents that begin alike are gathered into trees: prefixes.py
+    pack    largest first, each into the row it fills best
+    order   rows are shuffled within the window; nothing depends on the number of data-parallel ranks
 
 With row_length 8, documents of 9, 5, 4 and 3 tokens take 8, 4, 3 and 2 slots: rows [9], [5 4], and the 3
-opens a third row or, if the plan was to have two, is not part of it.
+opens a third row or, if the window was to have two, is not part of it.
 
-Suffixes: N draws, K tasks, P packed draws, R rows, W documents of one window.
+Suffixes: N draws of the window, P packed ones in the order in which they lie, W trees (documents, where
+nothing is shared), R rows, K tasks.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_iml.data.corpus import Corpus, CorpusTask
-from megatron_iml.data.draws import Draws, Int64, draw_stream, measure_tasks, permutation
-from megatron_iml.data.mixture import (
-    ExplainedTask,
-    Mixture,
-    Shares,
-    TaskSize,
-    explain,
-    largest_remainder,
-    task_shares,
-)
-from megatron_iml.data.plan import ENTRY, PlanArrays
+from megatron_iml.data.corpus import Corpus
+from megatron_iml.data.draws import Draws, DrawStream, draw_window
+from megatron_iml.data.mixture import Mixture
+from megatron_iml.data.plan import ENTRY
+from megatron_iml.data.plan_writer import PackedRows
+from megatron_iml.data.prefixes import hang_documents, separate_documents
+from megatron_iml.data.shuffle import Int64, permute, stream_key
 
 # Raise it whenever the same inputs give another plan: it is part of a plan's fingerprint.
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 # Documents packed together. Best fit among 16,384 fills 99.9 % of rows of 2,048; the smaller the window, the
 # more evenly every stretch of the run follows the mixture.
 WINDOW = 1 << 14
-# Draws beyond the expected need: what is not needed to fill the last row is not part of the plan.
-SPARE_DRAWS = 1.02
-TARGET_TOO_LONG = "target_too_long"
-NO_TARGET = "no_target"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +45,23 @@ class PackingConfig:
     level: str | None = None
     """Only tasks of this generalisation level."""
     max_positions: int = 2048
+    branches: int = 0
+    """Documents that may hang on one with a common prefix; 0 shares none."""
+    window: int = WINDOW
+    """Documents packed together; where prefixes are shared, those that can meet."""
 
     def __post_init__(self) -> None:
-        if min(self.rows or 1, self.row_length, self.max_positions) < 1 or self.rows == 0:
+        if min(self.rows or 1, self.row_length, self.max_positions, self.window) < 1 or self.rows == 0:
             raise ValueError(
-                f"rows {self.rows}, row_length {self.row_length}, max_positions {self.max_positions}: "
-                "each must be at least 1"
+                f"rows {self.rows}, row_length {self.row_length}, max_positions {self.max_positions}, window "
+                f"{self.window}: each must be at least 1"
+            )
+        if self.branches < 0:
+            raise ValueError(f"branches is {self.branches}, expected 0 (share no prefix) or more")
+        if self.branches and self.row_length > np.iinfo(ENTRY["trunk"]).max:
+            raise ValueError(
+                f"row_length {self.row_length}: where prefixes are shared a plan counts up to 32767 "
+                "documents of a row; use shorter rows or share none"
             )
         # A plan stores lengths in 16 bits, and numpy would wrap a longer one without a word.
         if self.limit > np.iinfo(ENTRY["length"]).max:
@@ -82,7 +86,17 @@ class PackingConfig:
             "rows": self.rows,
             "level": self.level,
             "seed": self.seed,
+            "branches": self.branches,
+            "window": self.window,
         }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedWindow:
+    """Rows of one window, and what became of the draws of every task: counts by column, int64 [K] each."""
+
+    rows: PackedRows
+    tally: dict[str, Int64]
 
 
 def best_fit(slots_W: Int64, row_length: int) -> tuple[Int64, int]:
@@ -116,154 +130,133 @@ def best_fit(slots_W: Int64, row_length: int) -> tuple[Int64, int]:
     return np.array(row_of, dtype=np.int64), rows
 
 
-def _fit_exactly(slots_W: Int64, row_length: int, rows: int) -> Int64:
-    """Assign the longest prefix of a window that `rows` rows hold; a document beyond gets no row."""
-    holds, exceeds = 0, len(slots_W)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Placement:
+    """Which draws lie where: their order, the row of each, the tokens it shares with the one before it."""
+
+    order_P: Int64
+    row_P: Int64
+    shared_P: Int64
+    num_rows: int
+
+
+def _place(corpus: Corpus, draws: Draws, kept_P: Int64, config: PackingConfig) -> _Placement:
+    """Give every kept draw a row."""
+    lengths_P = draws.lengths.length_N[kept_P]
+    forest = (
+        hang_documents(_tokens(corpus, draws, kept_P), config.branches, config.row_length)
+        if config.branches
+        else separate_documents(len(kept_P))
+    )
+    slots_P = lengths_P[forest.order_P] - 1 - forest.shared_P
+    slots_W = np.bincount(forest.tree_P, slots_P).astype(np.int64)
+    row_W, num_rows = best_fit(slots_W, config.row_length)
+    row_P = row_W[forest.tree_P]
+    # Stable: a tree stays together, and trees of a row in the order of the stream.
+    by_row = np.argsort(row_P, kind="stable")
+    return _Placement(kept_P[forest.order_P[by_row]], row_P[by_row], forest.shared_P[by_row], num_rows)
+
+
+def _place_exactly(
+    corpus: Corpus, draws: Draws, kept_P: Int64, config: PackingConfig, rows: int
+) -> _Placement:
+    """Give the longest prefix of the kept draws that `rows` rows hold its rows; draws beyond get none."""
+    holds, exceeds = 0, len(kept_P)
     while exceeds - holds > 1:
         middle = (holds + exceeds) // 2
-        if best_fit(slots_W[:middle], row_length)[1] <= rows:
+        if _place(corpus, draws, kept_P[:middle], config).num_rows <= rows:
             holds = middle
         else:
             exceeds = middle
-    row_W, used = best_fit(slots_W[:holds], row_length)
+    placed = _place(corpus, draws, kept_P[:holds], config)
     # One document more may cost two rows: then the next ones fill the missing rows by themselves.
-    return np.concatenate((row_W, np.arange(used, rows)))
-
-
-def pack_stream(slots_N: Int64, config: PackingConfig) -> Int64:
-    """Assign documents to rows, window by window; return the row of each document that the plan takes.
-
-    With `config.rows` the plan takes the longest prefix of the stream that fills exactly so many rows.
-    """
-    assigned: list[Int64] = []
-    rows = 0
-    for number, start in enumerate(range(0, len(slots_N), WINDOW)):
-        window = slots_N[start : start + WINDOW]
-        row_W, used = best_fit(window, config.row_length)
-        if config.rows is not None and rows + used > config.rows:
-            used = config.rows - rows
-            row_W = _fit_exactly(window, config.row_length, used)
-        # Unshuffled, the long documents of a window would all come in its first steps.
-        shuffled = permutation(used, config.seed, "rows", number)
-        assigned.append(rows + shuffled[row_W])
-        rows += used
-        if rows == config.rows:
-            break
-    return np.concatenate(assigned)
-
-
-def _expected_draws(sizes: Sequence[TaskSize], shares_K: Shares, config: PackingConfig, rows: int) -> float:
-    """Return how many draws fill `rows` rows, on the average."""
-    # A draw of t tokens takes t - 1 slots, but one that is dropped takes none, hence the bound from below.
-    slots_per_draw = float(shares_K @ np.array([max(size.tokens - 1, 0) for size in sizes]))
-    if slots_per_draw == 0:
-        raise ValueError(f"no document of the mixture fits {config.limit} tokens; raise row_length")
-    return rows * config.row_length / slots_per_draw
-
-
-def explain_plan(corpus: Corpus, config: PackingConfig) -> list[ExplainedTask]:
-    """Say what a plan would draw of every task, without building it. Raises ValueError without `rows`."""
-    if config.rows is None:
-        raise ValueError("a plan of every document once follows no mixture; give a number of rows to explain")
-    sizes = measure_tasks(corpus, select_tasks(corpus, config.level), config.limit)
-    shares_K = task_shares(config.mixture, sizes)
-    return explain(config.mixture, sizes, round(_expected_draws(sizes, shares_K, config, config.rows)))
-
-
-def _draw_enough(corpus: Corpus, tasks: Sequence[CorpusTask], config: PackingConfig) -> Draws:
-    """Draw from the mixture until the kept documents cannot fit into fewer rows than asked for."""
-    if config.rows is None:
-        once_K = np.array([len(task.documents) for task in tasks])
-        return draw_stream(corpus, tasks, once_K, config.limit, config.seed)
-    sizes = measure_tasks(corpus, tasks, config.limit)
-    shares_K = task_shares(config.mixture, sizes)
-    needed = config.rows * config.row_length
-    draws = int(_expected_draws(sizes, shares_K, config, config.rows) * SPARE_DRAWS) + 1
-    while True:
-        quotas_K = largest_remainder(shares_K, draws)
-        stream = draw_stream(corpus, tasks, quotas_K, config.limit, config.seed)
-        lengths = stream.lengths
-        slots = int((lengths.length_N - 1)[lengths.kept_N].sum())
-        if slots >= needed:
-            return stream
-        # Expected values may fall short where documents vary widely; the same seed repeats the same tries.
-        draws = int(draws * 1.1) + 16
-
-
-def select_tasks(corpus: Corpus, level: str | None) -> list[CorpusTask]:
-    """Return the tasks of a level, all without one. Raises ValueError where there are none."""
-    tasks = [task for task in corpus.task_records if level in (None, task.level) and len(task.documents)]
-    if not tasks:
-        levels = sorted({task.level for task in corpus.task_records})
-        raise ValueError(f"the corpus has no task of level {level!r}; it has {', '.join(levels)}")
-    return tasks
-
-
-def build_plan(corpus: Corpus, config: PackingConfig) -> tuple[PlanArrays, dict[str, dict[str, Any]]]:
-    """Return the plan's arrays and its ledger: per task, drawn = packed (some truncated) + dropped."""
-    tasks = select_tasks(corpus, config.level)
-    draws = _draw_enough(corpus, tasks, config)
-    kept = np.flatnonzero(draws.lengths.kept_N)
-    if not len(kept):
-        raise ValueError(f"no document fits {config.limit} tokens; raise row_length")
-    row_P = pack_stream((draws.lengths.length_N - 1)[kept], config)
-    packed = kept[: len(row_P)]
-    # Draws after the last one packed are not part of the plan; dropped ones before it are.
-    taken = int(packed[-1]) + 1 if config.rows is not None else len(draws.task_N)
-    return _arrange(draws, packed, row_P), _account(tasks, draws, packed, taken)
-
-
-def _arrange(draws: Draws, packed: Int64, row_P: Int64) -> PlanArrays:
-    """Sort packed draws by row, in stream order within a row, and sum up the rows."""
-    order = np.argsort(row_P, kind="stable")
-    chosen, row_P = packed[order], row_P[order]
-    lengths = draws.lengths
-    entries = np.zeros(len(chosen), dtype=ENTRY)
-    entries["document"] = draws.document_N[chosen]
-    entries["cut"] = lengths.cut_N[chosen]
-    entries["reference"] = draws.reference_N[chosen]
-    entries["length"] = lengths.length_N[chosen]
-    # 0 would hang every document on the first of its row.
-    entries["trunk"] = -1
-    num_rows = int(row_P[-1]) + 1
-    counts_R = np.bincount(row_P, minlength=num_rows)
-    assert counts_R.min() > 0, f"{(counts_R == 0).sum()} rows of {num_rows} are empty"
-    row_starts = np.concatenate(([0], np.cumsum(counts_R)))
-    # The last token takes no slot; slot i sees i + 1 columns.
-    slots = lengths.length_N[chosen] - 1
-    return PlanArrays(
-        entries,
-        row_starts,
-        np.add.reduceat(lengths.num_targets_N[chosen], row_starts[:-1]).astype(np.uint32),
-        np.add.reduceat(slots * (slots + 1) // 2, row_starts[:-1]).astype(np.uint64),
+    alone = np.arange(placed.num_rows, rows)
+    return _Placement(
+        np.concatenate((placed.order_P, kept_P[holds : holds + len(alone)])),
+        np.concatenate((placed.row_P, alone)),
+        np.concatenate((placed.shared_P, np.zeros(len(alone), dtype=np.int64))),
+        rows,
     )
 
 
-def _account(
-    tasks: Sequence[CorpusTask], draws: Draws, packed: Int64, taken: int
-) -> dict[str, dict[str, Any]]:
+def _tokens(corpus: Corpus, draws: Draws, kept_P: Int64) -> list[NDArray[np.uint16]]:
+    cuts_N = draws.lengths.cut_N
+    return [
+        corpus.tokens(document, reference)[0][cut:]
+        for document, reference, cut in zip(
+            draws.document_N[kept_P].tolist(),
+            draws.reference_N[kept_P].tolist(),
+            cuts_N[kept_P].tolist(),
+            strict=True,
+        )
+    ]
+
+
+def pack_window(
+    corpus: Corpus, stream: DrawStream, config: PackingConfig, number: int, rows: int | None = None
+) -> PackedWindow:
+    """Pack a window; if it fills more than `rows` rows, its longest beginning that fills just these."""
+    draws = draw_window(corpus, stream, number)
+    kept_P = np.flatnonzero(draws.lengths.kept_N)
+    placed = _place(corpus, draws, kept_P, config)
+    taken = len(draws.task_N)
+    if rows is not None and placed.num_rows > rows:
+        placed = _place_exactly(corpus, draws, kept_P, config, rows)
+        # Draws after the last one packed are not part of the plan; dropped ones before it are.
+        taken = int(placed.order_P.max()) + 1
+    # Unshuffled, the long documents of a window would all come in its first steps.
+    key = stream_key(config.seed, "rows", number)
+    row_P = permute(np.arange(placed.num_rows), np.array(placed.num_rows), key)[placed.row_P]
+    by_row = np.argsort(row_P, kind="stable")
+    order_P, shared_P = placed.order_P[by_row], placed.shared_P[by_row]
+    counts_R = np.bincount(row_P, minlength=placed.num_rows)
+    return PackedWindow(
+        _arrange(draws, order_P, shared_P, counts_R),
+        _tally(draws, order_P, shared_P, taken, len(stream.tasks)),
+    )
+
+
+def _arrange(draws: Draws, order_P: Int64, shared_P: Int64, counts_R: Int64) -> PackedRows:
+    """Turn packed draws, row after row, into entries and sums of rows."""
+    lengths = draws.lengths
+    length_P = lengths.length_N[order_P]
+    starts_R = np.cumsum(counts_R) - counts_R
+    place_P = np.arange(len(order_P)) - np.repeat(starts_R, counts_R)
+    entries = np.zeros(len(order_P), dtype=ENTRY)
+    entries["document"] = draws.document_N[order_P]
+    entries["cut"] = lengths.cut_N[order_P]
+    entries["reference"] = draws.reference_N[order_P]
+    entries["length"] = length_P
+    entries["shared"] = shared_P
+    # Depth first, so that what a document shares with any other it shares with the one before it.
+    entries["trunk"] = np.where(shared_P > 0, place_P - 1, -1)
+    # The last token takes no slot; the slot at position p sees p + 1 columns.
+    last_P = length_P - 1
+    pairs_P = (last_P * (last_P + 1) - shared_P * (shared_P + 1)) // 2
+    sums = (last_P - shared_P, lengths.num_targets_N[order_P], pairs_P)
+    return PackedRows(entries, counts_R, *(_sum_rows(values_P, starts_R) for values_P in sums))
+
+
+def _sum_rows(values_P: Int64, starts_R: Int64) -> Int64:
+    return np.add.reduceat(values_P, starts_R) if len(starts_R) else np.zeros(0, dtype=np.int64)
+
+
+def _tally(draws: Draws, order_P: Int64, shared_P: Int64, taken: int, num_tasks: int) -> dict[str, Int64]:
     lengths = draws.lengths
 
-    def per_task(chosen: Int64, weights: Int64 | None = None) -> list[int]:
-        values = None if weights is None else weights[chosen]
-        counts = np.bincount(draws.task_N[chosen], values, minlength=len(tasks))
-        return counts.astype(np.int64).tolist()
+    def per_task(chosen: Int64, weights: Int64 | None = None) -> Int64:
+        return np.bincount(draws.task_N[chosen], weights, minlength=num_tasks).astype(np.int64)
 
     every = np.arange(taken)
-    columns = {
-        "documents": [len(task.documents) for task in tasks],
+    # An empty text longer than the limit counts once.
+    no_target, too_long = lengths.no_target_N[:taken], lengths.too_long_N[:taken]
+    return {
         "drawn": per_task(every),
-        "packed": per_task(packed),
-        "truncated": per_task(packed[lengths.cut_N[packed] > 0]),
-        TARGET_TOO_LONG: per_task(every[lengths.too_long_N[:taken]]),
-        NO_TARGET: per_task(every[lengths.no_target_N[:taken]]),
-        "tokens": per_task(packed, lengths.length_N),
-        "target_tokens": per_task(packed, lengths.num_targets_N),
+        "packed": per_task(order_P),
+        "truncated": per_task(order_P[lengths.cut_N[order_P] > 0]),
+        "tokens": per_task(order_P, lengths.length_N[order_P]),
+        "target_tokens": per_task(order_P, lengths.num_targets_N[order_P]),
+        "shared_tokens": per_task(order_P, shared_P),
+        "target_too_long": per_task(every[too_long]),
+        "no_target": per_task(every[no_target & ~too_long]),
     }
-    ledger = {}
-    for k, task in enumerate(tasks):
-        line: dict[str, Any] = {name: column[k] for name, column in columns.items()}
-        line["dropped"] = {reason: line.pop(reason) for reason in (TARGET_TOO_LONG, NO_TARGET)}
-        assert line["drawn"] == line["packed"] + sum(line["dropped"].values()), f"{task.name}: {line}"
-        ledger[task.name] = line
-    return ledger

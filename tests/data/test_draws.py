@@ -7,13 +7,51 @@ import pytest
 from corpora import lengths_document, write_corpus
 
 from megatron_iml.data.corpus import Corpus
-from megatron_iml.data.draws import Lengths, draw_stream, measure_tasks
+from megatron_iml.data.draws import Draws, DrawStream, Lengths, draw_window, measure_tasks
+from megatron_iml.data.shares import UNBOUNDED
+
+QUOTAS = np.array([25, 31, 200, 7])
+
+
+def draw(corpus: Corpus, quotas: np.ndarray, windows: int, units: int = 1) -> Draws:
+    """All windows of so many units of time, one after another."""
+    most = np.full(len(quotas), UNBOUNDED)
+    stream = DrawStream(corpus.task_records, quotas, most, limit=65, seed=1, windows=windows)
+    drawn = [draw_window(corpus, stream, number) for number in range(units * windows)]
+    joined = (
+        np.concatenate([getattr(window, name) for window in drawn])
+        for name in ("task_N", "document_N", "reference_N")
+    )
+    return Draws(*joined, drawn[0].lengths)
+
+
+@pytest.mark.parametrize("windows", [1, 2, 5, 37])
+def test_windows_cut_one_stream(mixed_corpus: Corpus, windows: int) -> None:
+    whole, cut = draw(mixed_corpus, QUOTAS, 1), draw(mixed_corpus, QUOTAS, windows)
+    assert cut.task_N.tolist() == whole.task_N.tolist()
+    assert cut.document_N.tolist() == whole.document_N.tolist()
+    assert cut.reference_N.tolist() == whole.reference_N.tolist()
+
+
+def test_the_stream_goes_on_at_the_same_rates(mixed_corpus: Corpus) -> None:
+    draws = draw(mixed_corpus, QUOTAS, windows=3, units=4)
+    assert np.bincount(draws.task_N).tolist() == (4 * QUOTAS).tolist()
+
+
+def test_a_bound_silences_a_task(mixed_corpus: Corpus) -> None:
+    most = np.array([30, 31, UNBOUNDED, 0])
+    stream = DrawStream(mixed_corpus.task_records, QUOTAS, most, limit=65, seed=1, windows=2)
+    tasks = np.concatenate([draw_window(mixed_corpus, stream, number).task_N for number in range(8)])
+    assert np.bincount(tasks, minlength=4).tolist() == [30, 31, 800, 0]
+    assert stream.last_window > 10**15
+    bounded = DrawStream(mixed_corpus.task_records, QUOTAS, np.array([30, 31, 9, 0]), 65, 1, windows=2)
+    assert bounded.last_window == 3  # 30 draws at 25 in two windows
 
 
 def test_stream_walks_each_task_in_turn(mixed_corpus: Corpus) -> None:
     # Any prefix of the stream, not only the whole: otherwise stopping at the last row would break the rule.
     tasks = list(mixed_corpus.task_records)
-    draws = draw_stream(mixed_corpus, tasks, np.array([25, 31, 200, 7]), limit=65, seed=1)
+    draws = draw(mixed_corpus, QUOTAS, windows=3)
     assert np.bincount(draws.task_N).tolist() == [25, 31, 200, 7]
     for k, task in enumerate(tasks):
         drawn = draws.document_N[draws.task_N == k]
@@ -27,7 +65,7 @@ def test_stream_walks_each_task_in_turn(mixed_corpus: Corpus) -> None:
 
 def test_references_are_all_drawn(mixed_corpus: Corpus) -> None:
     tasks = list(mixed_corpus.task_records)
-    draws = draw_stream(mixed_corpus, tasks, np.array([2000, 0, 0, 0]), limit=65, seed=1)
+    draws = draw(mixed_corpus, np.array([2000, 0, 0, 0]), windows=2)
     for document in tasks[0].documents:
         drawn = draws.reference_N[draws.document_N == document]
         assert set(drawn.tolist()) == set(range(mixed_corpus.num_references(document)))

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import lengths_document, write_corpus
+from corpora import lengths_document, plan_of, write_corpus
 
 from megatron_iml.data.corpus import Corpus
 from megatron_iml.data.loader import Loader
 from megatron_iml.data.mixture import Mixture
-from megatron_iml.data.packing import PackingConfig, build_plan
-from megatron_iml.data.plan import ENTRY, Plan, write_plan
+from megatron_iml.data.packing import PackingConfig
+from megatron_iml.data.plan import ENTRY, Plan
+from megatron_iml.data.plan_writer import PackedRows, PlanWriter
 
 CONFIG = PackingConfig(mixture=Mixture(), row_length=32, rows=12, seed=1)
 
@@ -23,23 +24,13 @@ def corpus(tmp_path: Path) -> Corpus:
     return write_corpus(tmp_path / "corpus", {"A__b__c": documents})
 
 
-def make(corpus: Corpus, folder: Path, config: PackingConfig = CONFIG) -> Plan:
-    arrays, ledger = build_plan(corpus, config)
-    write_plan(folder, config.origin(corpus), arrays, ledger)
-    return Plan.open(folder)
-
-
 def test_round_trip(corpus: Corpus, tmp_path: Path) -> None:
-    arrays, ledger = build_plan(corpus, CONFIG)
-    plan = make(corpus, tmp_path / "plan")
+    plan = plan_of(corpus, CONFIG, tmp_path / "plan")
     assert (plan.num_rows, plan.row_length, plan.max_positions) == (12, 32, 2048)
     assert plan.corpus_fingerprint == corpus.fingerprint
-    assert plan.ledger == ledger
-    assert plan.targets_R.tolist() == arrays.row_targets.tolist()
-    assert plan.pairs_R.tolist() == arrays.row_pairs.tolist()
-    stored = np.concatenate([plan.entries(row) for row in range(plan.num_rows)])
-    assert stored.dtype == ENTRY
-    assert stored.tobytes() == arrays.entries.tobytes()
+    assert plan.ledger["A__b__c"]["packed"] == len(plan.entries_E)
+    assert np.concatenate([plan.entries(row) for row in range(12)]).tobytes() == plan.entries_E.tobytes()
+    assert plan.entries_E.dtype == ENTRY
     assert ENTRY.itemsize == 16
     with pytest.raises(AssertionError, match="row 12 of 12"):
         plan.entries(12)
@@ -50,13 +41,14 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_same_seed_same_bytes(corpus: Corpus, tmp_path: Path) -> None:
-    make(corpus, tmp_path / "one")
-    make(corpus, tmp_path / "two")
+    plan_of(corpus, CONFIG, tmp_path / "one")
+    plan_of(corpus, CONFIG, tmp_path / "two")
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert sorted(digests(tmp_path / "one")) == [
         "entries.npy",
         "manifest.json",
         "row_pairs.npy",
+        "row_slots.npy",
         "row_starts.npy",
         "row_targets.npy",
     ]
@@ -71,23 +63,24 @@ def test_same_seed_same_bytes(corpus: Corpus, tmp_path: Path) -> None:
         {"rows": None},
         {"max_positions": 16},
         {"mixture": Mixture(9)},
+        {"window": 20},
+        {"branches": 2},
     ],
 )
 def test_fingerprint_covers_every_input(corpus: Corpus, tmp_path: Path, change: dict) -> None:
-    plan = make(corpus, tmp_path / "plan")
+    plan = plan_of(corpus, CONFIG, tmp_path / "plan")
     config = replace(CONFIG, **change)
-    other = make(corpus, tmp_path / "other", config)
+    other = plan_of(corpus, config, tmp_path / "other")
     assert other.fingerprint != plan.fingerprint
-    arrays, ledger = build_plan(corpus, config)
     with pytest.raises(ValueError) as error:
-        write_plan(tmp_path / "plan", config.origin(corpus), arrays, ledger)
+        plan_of(corpus, config, tmp_path / "plan")
     assert plan.fingerprint in str(error.value)
     assert other.fingerprint in str(error.value)
     assert Plan.open(tmp_path / "plan").fingerprint == plan.fingerprint
 
 
 def test_plan_of_another_corpus_is_refused(corpus: Corpus, tmp_path: Path) -> None:
-    plan = make(corpus, tmp_path / "plan")
+    plan = plan_of(corpus, CONFIG, tmp_path / "plan")
     other = write_corpus(tmp_path / "other", {"A__b__c": [lengths_document(3, 3)] * 50})
     with pytest.raises(ValueError) as error:
         Loader(other, plan)
@@ -98,7 +91,7 @@ def test_plan_of_another_corpus_is_refused(corpus: Corpus, tmp_path: Path) -> No
 
 
 def test_loader_rows_are_the_documents(corpus: Corpus, tmp_path: Path) -> None:
-    plan = make(corpus, tmp_path / "plan")
+    plan = plan_of(corpus, CONFIG, tmp_path / "plan")
     loader = Loader(corpus, plan)
     cuts = 0
     for number in range(plan.num_rows):
@@ -127,12 +120,11 @@ def test_loader_rows_are_the_documents(corpus: Corpus, tmp_path: Path) -> None:
 
 def test_loader_reads_branches(corpus: Corpus, tmp_path: Path) -> None:
     # Two references of document 4 (source 5): the second stores only its target, after the shared source.
-    arrays, ledger = build_plan(corpus, replace(CONFIG, rows=1))
     entries = np.array([(4, 0, 0, 8, 0, -1), (4, 0, 1, 9, 5, 0)], dtype=ENTRY)
-    branching = replace(
-        arrays, entries=entries, row_starts=np.array([0, 2]), row_targets=np.array([7], dtype=np.uint32)
-    )
-    write_plan(tmp_path / "plan", replace(CONFIG, rows=1).origin(corpus), branching, ledger)
+    sums = (np.array([value]) for value in (2, 10, 7, 49))
+    writer = PlanWriter(tmp_path / "plan", replace(CONFIG, rows=1).origin(corpus))
+    writer.append(PackedRows(entries, *sums))
+    writer.close({})
     loader = Loader(corpus, Plan.open(tmp_path / "plan"))
     row = loader.row(0)
     first, second = (corpus.tokens(4, reference)[0].tolist() for reference in (0, 1))
@@ -147,7 +139,7 @@ def test_loader_reads_branches(corpus: Corpus, tmp_path: Path) -> None:
 def test_damaged_folders(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no plan in .*manifest.json is missing; .*build_plan.py"):
         Plan.open(tmp_path / "nothing")
-    folder = make(corpus, tmp_path / "plan").folder
+    folder = plan_of(corpus, CONFIG, tmp_path / "plan").folder
     entries = folder / "entries.npy"
     intact = entries.read_bytes()
     entries.write_bytes(intact[:-16])
@@ -164,8 +156,8 @@ def test_damaged_folders(corpus: Corpus, tmp_path: Path) -> None:
     manifest.write_text(text.replace('"seed": 1', '"seed": 2'))
     with pytest.raises(ValueError, match="was changed after it was written"):
         Plan.open(folder)
-    manifest.write_text(text.replace('"format_version": 1', '"format_version": 3'))
-    with pytest.raises(ValueError, match="format version 3, allowed: 1"):
+    manifest.write_text(text.replace('"format_version": 2', '"format_version": 1'))
+    with pytest.raises(ValueError, match="format version 1, allowed: 2"):
         Plan.open(folder)
 
 
@@ -174,5 +166,5 @@ def test_foreign_folder_is_not_overwritten(corpus: Corpus, tmp_path: Path) -> No
     precious = tmp_path / "plan" / "thesis.tex"
     precious.write_text("years of work")
     with pytest.raises(ValueError, match="exists and holds no plan"):
-        make(corpus, tmp_path / "plan")
+        plan_of(corpus, CONFIG, tmp_path / "plan")
     assert precious.read_text() == "years of work"

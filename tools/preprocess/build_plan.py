@@ -1,20 +1,25 @@
 """Pack a corpus into rows for a whole run: an index, no tokens; or say what a mixture would do (--explain).
 
-Examples: python tools/preprocess/build_plan.py --corpus corpus/train --mixture mixture.yaml \\
-              --row-length 2048 --rows 1024000 --seed 1 --output plan/train
-          python tools/preprocess/build_plan.py --corpus corpus/validation --once \\
-              --level fully_held_out --row-length 2048 --output plan/held_out
+Examples: python tools/preprocess/build_plan.py --input corpus/train --mixture mixture.yaml \\
+              --row-length 2048 --rows 1024000 --seed 1 --workers 8 --output-prefix plan/train
+          python tools/preprocess/build_plan.py --input corpus/validation --once \\
+              --level fully_held_out --row-length 2048 --output-prefix plan/held_out
 """
 
 import argparse
 import sys
+import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from megatron_iml.data.corpus import Corpus
     from megatron_iml.data.packing import PackingConfig
+    from megatron_iml.data.shares import Expected
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -22,25 +27,35 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corpus", type=Path, required=True, help="corpus folder of one split")
-    parser.add_argument(
-        "--mixture", type=Path, help="mixture YAML (default: examples-proportional, at most 4096 a task)"
-    )
-    parser.add_argument("--row-length", type=int, default=2048, help="slots of a row (default: %(default)s)")
-    parser.add_argument(
-        "--max-positions", type=int, default=2048, help="the model's longest document (default: %(default)s)"
-    )
+    add = parser.add_argument
+    add("--input", "--corpus", type=Path, required=True, help="corpus folder of one split")
+    add("--mixture", type=Path, help="mixture YAML (default: examples-proportional, at most 4096 a task)")
+    add("--row-length", type=int, default=2048, help="slots of a row (default: %(default)s)")
+    add("--max-positions", type=int, default=2048, help="the model's longest document (default: %(default)s)")
     amount = parser.add_mutually_exclusive_group(required=True)
     amount.add_argument("--rows", type=int, help="rows to fill from the mixture: steps x rows per step")
     amount.add_argument("--once", action="store_true", help="every document exactly once (validation)")
-    parser.add_argument("--level", help="only tasks of this generalisation level")
-    parser.add_argument("--seed", type=int, default=1, help="of draws and order (default: %(default)s)")
+    add("--level", help="only tasks of this generalisation level")
+    add(
+        "--share-prefixes",
+        type=int,
+        default=0,
+        metavar="BRANCHES",
+        help="store a common beginning of 32 tokens or more once for up to 1 + BRANCHES documents that meet "
+        "in a window (default: off)",
+    )
+    add("--window", type=int, default=1 << 14, help="documents packed together (default: %(default)s)")
+    add("--seed", type=int, default=1, help="of draws and order (default: %(default)s)")
+    add("--workers", type=int, default=1, help="packing processes; same bytes (default: %(default)s)")
+    add("--log-interval", type=int, default=1_000_000, help="documents between log lines (%(default)s)")
     output = parser.add_mutually_exclusive_group(required=True)
-    output.add_argument("--output", type=Path, help="plan folder to write")
+    output.add_argument("--output-prefix", "--output", type=Path, help="plan folder to write")
     output.add_argument("--explain", action="store_true", help="print what the mixture draws, write nothing")
     arguments = parser.parse_args()
     if arguments.once and arguments.mixture:
         parser.error("--once takes every document once and follows no mixture: leave --mixture out")
+    if arguments.workers < 1:
+        parser.error(f"--workers is {arguments.workers}, expected 1 or more")
     return arguments
 
 
@@ -56,62 +71,117 @@ def packing_config(arguments: argparse.Namespace) -> "PackingConfig":
         seed=arguments.seed,
         level=arguments.level,
         max_positions=arguments.max_positions,
+        branches=arguments.share_prefixes,
+        window=arguments.window,
     )
 
 
-def print_mixture(corpus: "Corpus", config: "PackingConfig") -> None:
-    """What the mixture draws of every task, expected values."""
-    from rich.console import Console
+def print_expected(console: "Console", title: str, lines: "Sequence[Expected]") -> None:
+    """A table of expected values and what part of the whole each is, in every unit."""
     from rich.table import Column, Table
 
-    from megatron_iml.data.packing import explain_plan
-
+    numbers = ("documents", "effective", "drawn", "epochs", "tokens", "target tokens")
+    shares = ("% examples", "% tokens", "% targets")
     # Task names begin with their benchmark; folded, since a cut one says nothing.
     table = Table(
-        Column("task", overflow="fold"), "examples", "effective", "share", "epochs", "tokens", "targets"
+        Column(title, overflow="fold"), *(Column(name, justify="right") for name in numbers + shares)
     )
-    for task in explain_plan(corpus, config):
+    totals = [
+        sum(values) for values in zip(*((x.draws, x.tokens, x.target_tokens) for x in lines), strict=True)
+    ]
+    for line in lines:
+        amounts = (line.draws, line.tokens, line.target_tokens)
         table.add_row(
-            task.name,
-            f"{task.examples:,}",
-            f"{task.effective_examples:,}",
-            f"{task.share:.2%}",
-            f"{task.epochs:.2f}",
-            f"{task.tokens:,.0f}",
-            f"{task.target_tokens:,.0f}",
+            line.name,
+            f"{line.documents:,}",
+            f"{line.effective:,}",
+            f"{line.draws:,.0f}",
+            f"{line.epochs:.2f}",
+            f"{line.tokens:,.0f}",
+            f"{line.target_tokens:,.0f}",
+            *(f"{100 * amount / total:.2f}" for amount, total in zip(amounts, totals, strict=True)),
         )
-    Console().print(table)
+    console.print(table)
 
 
-def write(corpus: "Corpus", config: "PackingConfig", output: Path) -> None:
-    """Build and write the plan, then print its rows, fill and ledger."""
+def explain(corpus: "Corpus", config: "PackingConfig") -> int:
+    """Print what the mixture would draw; exit code 2 if it cannot be followed."""
     from rich.console import Console
 
-    from megatron_iml.data.packing import build_plan
-    from megatron_iml.data.plan import write_plan
+    from megatron_iml.data.plan_build import foresee_plan
+    from megatron_iml.data.shares import explain_benchmarks, explain_tasks
 
-    arrays, ledger = build_plan(corpus, config)
-    manifest = write_plan(output, config.origin(corpus), arrays, ledger)
+    outlook = foresee_plan(corpus, config)
+    tasks = explain_tasks(config.mixture, outlook.blend, outlook.sizes)
+    console = Console()
+    print_expected(console, "task", tasks)
+    print_expected(console, "benchmark", explain_benchmarks(tasks, outlook.sizes))
+    console.print(f"about {outlook.blend.draws:,} documents fill {config.rows:,} rows", soft_wrap=True)
+    never = [size.name for size, quota in zip(outlook.sizes, outlook.quotas_K, strict=True) if quota == 0]
+    if never:
+        console.print(
+            f"{len(never):,} of {len(tasks):,} tasks get less than one document: {', '.join(never[:10])}"
+            f"{', ...' if len(never) > 10 else ''}",
+            soft_wrap=True,
+        )
+    for shortfall in outlook.blend.shortfalls:
+        print(f"cannot be had: {shortfall}", file=sys.stderr)
+    return 2 if outlook.blend.shortfalls else 0
+
+
+def write(corpus: "Corpus", config: "PackingConfig", arguments: argparse.Namespace) -> None:
+    """Build the plan behind a progress bar, with log lines for files that are no terminal."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from megatron_iml.data.plan_build import build_plan
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    began = time.monotonic()
+    # A bar in a log file is thousands of lines, so a file gets lines of its own instead.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("Packing", total=None)
+        done = logged = 0
+
+        def advance(documents: int, total: int) -> None:
+            nonlocal done, logged
+            done += documents
+            progress.update(bar, advance=documents, total=max(total, done))
+            if done - logged >= arguments.log_interval:
+                logged = done
+                rate = done / (time.monotonic() - began)
+                console.print(
+                    f"{done:,} of {total:,} documents, {rate:,.0f}/s, {(total - done) / rate:,.0f} s left"
+                )
+
+        manifest = build_plan(corpus, config, arguments.output_prefix, advance, arguments.workers)
+    print_summary(arguments.output_prefix, manifest, time.monotonic() - began)
+
+
+def print_summary(output: Path, manifest: dict[str, Any], seconds: float) -> None:
+    """Rows, fill and the ledger summed over tasks."""
+    from rich.console import Console
+
     total: Counter[str] = Counter()
-    for line in ledger.values():
+    for line in manifest["ledger"].values():
         total.update({key: value for key, value in line.items() if key != "dropped"})
         total.update(line["dropped"])
-    rows = manifest["num_rows"]
-    # A document takes one slot less than it has tokens.
-    slots = total["tokens"] - total["packed"]
-    console = Console()
-    console.print(
-        f"{output}: {rows:,} rows of {config.row_length:,} slots, "
-        f"{slots / rows / config.row_length:.2%} filled, "
+    rows, row_length = manifest["num_rows"], manifest["origin"]["row_length"]
+    # A document takes one slot less than it has tokens, and none for what it shares.
+    slots = total["tokens"] - total["packed"] - total["shared_tokens"]
+    lines = [
+        f"{output}: {rows:,} rows of {row_length:,} slots, {slots / rows / row_length:.2%} filled, "
         f"{total['packed'] / rows:.1f} documents and {total['target_tokens'] / rows:.0f} targets a row",
-        soft_wrap=True,
-    )
-    console.print(
         f"{total['drawn']:,} drawn = {total['packed']:,} packed ({total['truncated']:,} of them truncated) + "
         f"{total['target_too_long']:,} target too long + {total['no_target']:,} without a target",
-        soft_wrap=True,
-    )
-    console.print(f"fingerprint {manifest['fingerprint']}", soft_wrap=True)
+        f"{seconds:.1f} s; fingerprint {manifest['fingerprint']}",
+    ]
+    if total["shared_tokens"]:
+        saved = (slots + total["shared_tokens"]) / slots
+        lines.insert(1, f"{total['shared_tokens']:,} tokens shared: {saved:.2f} times fewer to compute")
+    for line in lines:
+        Console().print(line, soft_wrap=True)
 
 
 def main() -> int:
@@ -121,11 +191,10 @@ def main() -> int:
 
     try:
         config = packing_config(arguments)
-        corpus = Corpus.open(arguments.corpus)
+        corpus = Corpus.open(arguments.input)
         if arguments.explain:
-            print_mixture(corpus, config)
-        else:
-            write(corpus, config, arguments.output)
+            return explain(corpus, config)
+        write(corpus, config, arguments)
     # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
