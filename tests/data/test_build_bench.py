@@ -28,6 +28,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def small_config(folder: Path) -> Path:
     (folder / "B__C__t.jsonl").write_text("".join(f'{{"src": "q{i}", "tgt": "a"}}\n' for i in range(20)))
     (folder / "B__D__u.jsonl").write_text('{"src": "q", "tgt": "a"}\n{"src": "q", "tgt": " "}\n')
+    (folder / "B__C__empty.jsonl").touch()
     (folder / "splits.yaml").write_text("held_out_categories: [D]\n")
     path = folder / "bench.yaml"
     path.write_text("sources: [{reader: source_target, folder: .}]\nsplits: splits.yaml\n")
@@ -39,6 +40,7 @@ def test_a_bench_is_built_and_summed_up(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "read 22 instances of 2 tasks; dropped 1" in result.stdout
     assert "1 blank target" in result.stdout
+    assert "passed over, empty file: B__C__empty.jsonl\n" in result.stdout
     assert [(entry.file, entry.examples) for entry in verify_bench(tmp_path / "bench").entries] == [
         ("train/B__C__t.jsonl", 16),
         ("validation/B__C__t.jsonl", 2),
@@ -121,7 +123,7 @@ def test_the_real_sample_becomes_one_bench_of_all_eight_benchmarks(tmp_path):
     by_benchmark = Counter(benchmark for benchmark, _ in tasks)
     assert by_benchmark == {
         "NIV2": 73,
-        "PromptSource": 32,
+        "PromptSource": 31,
         "CrossFit": 5,
         "FLAN": 1,
         "ExMix": 2,
@@ -136,9 +138,9 @@ def test_the_real_sample_becomes_one_bench_of_all_eight_benchmarks(tmp_path):
     assert Counter(levels.values()) == {
         "fully_held_out": 7,
         "partially_supervised": 20,
-        "fully_supervised": 114,
+        "fully_supervised": 113,
     }
-    assert sum(counts["read"] for counts in ledger.values()) == 48_641
+    assert sum(counts["read"] for counts in ledger.values()) == 47_681
     # SNLI is evaluated, so neither e-SNLI nor five tasks of Super-NaturalInstructions are trained on.
     gone = {name: counts["dropped"] for name, counts in ledger.items() if not counts["written"]}
     assert {reason for dropped in gone.values() for reason in dropped} == {

@@ -88,3 +88,42 @@ def test_recross_files_hold_arrays(tmp_path):
     found = Reading(recross.read, write_files(tmp_path, {"bb/t.json": {"a": 1}}))
     with pytest.raises(ValueError, match="t.json: got a JSON dict, expected an array of records"):
         found.examples("bb")
+
+
+TEMPLATES = """dataset: super_glue
+subset: copa
+templates:
+  a: !Template
+    answer_choices: null
+    jinja: x ||| y
+    name: C1 or C2?
+    metadata: !TemplateMetadata {original_task: true}
+  b: !Template
+    answer_choices: null
+    jinja: x ||| y
+    name: Ask (why)
+    metadata: !TemplateMetadata {original_task: false}
+"""
+
+
+def test_prompts_of_another_task_are_left_out_where_the_templates_say_so(tmp_path):
+    row = [{"prompt": "x", "completion": "y"}]
+    write_files(
+        tmp_path,
+        {
+            "templates/super_glue/copa/templates.yaml": TEMPLATES,
+            "t0/super_glue_copa_C1_or_C2_.jsonl": row,
+            "t0/super_glue_copa_Ask_why_.jsonl": row,
+            "recross/super_glue-copa/test-1000.json": [
+                ["q", ["a"], "super_glue-copa|validation|C1 or C2?|#1"],
+                ["q", ["a"], "super_glue-copa|validation|Ask (why)|#1"],
+            ],
+        },
+    )
+    found = Reading(rendered_pairs.read, tmp_path / "t0", templates="../templates")
+    assert len(found.examples("super_glue__copa")) == 1
+    assert found.drops.skipped_files == {"super_glue_copa_Ask_why_.jsonl": "template of another task"}
+    found = Reading(recross.read, tmp_path / "recross", templates="../templates")
+    assert len(found.examples("super_glue__copa")) == 1
+    assert found.counts("super_glue__copa").dropped == {"template of another task": 1}
+    assert len(Reading(recross.read, tmp_path / "recross").examples("super_glue__copa")) == 2

@@ -87,11 +87,15 @@ def print_summary(bench: "Bench") -> None:
     console.print(f"read {read:,} instances of {len(ledger['tasks'])} tasks; dropped {dropped.total():,}")
     for reason, count in dropped.most_common():
         console.print(f"  {count:,} {reason}")
+    groups_of_names: defaultdict[str, list[str]] = defaultdict(list)
     for name, reason in ledger["skipped_files"].items():
-        console.print(f"skipped {name}: {reason}", markup=False)
-    for name, counts in ledger["tasks"].items():
-        if not counts["written"]:
-            console.print(f"no examples left of {name}", markup=False)
+        groups_of_names[f"passed over, {reason}"].append(name)
+    groups_of_names["no examples left"] = [name for name, c in ledger["tasks"].items() if not c["written"]]
+    for what, names in groups_of_names.items():
+        # All of them are in the ledger; a partial checkout lacks a hundred.
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        if names:
+            console.print(f"{what}: {', '.join(names[:3])}{more}", markup=False, soft_wrap=True)
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ Templates come from strangers, so they run in Jinja's sandbox. `choice` draws by
 alone: the same row gives the same prompt in every run.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,6 @@ class Template:
     """One template, compiled."""
 
     name: str
-    original_task: bool
     accuracy: bool
     """Whether its authors score it so: choices of other templates may be no more than part of an answer."""
     body: jinja2.Template
@@ -84,29 +84,56 @@ class Template:
 
 
 def load_templates(path: Path) -> list[Template]:
-    """All templates of a file, by name.
+    """Templates of a file that ask for the data set's original task, by name.
 
     Raises:
-        ValueError: not a file of templates, or a template that is not Jinja; names file and template.
+        ValueError: not a file of templates, or a template that is not Jinja; names the file.
     """
+    entries = [entry for entry in _entries(path) if entry["metadata"]["original_task"]]
     try:
-        content = yaml.load(path.read_bytes(), Loader=_Loader)
-        templates = [_compiled(entry) for entry in content["templates"].values()]
+        return sorted((_compiled(entry) for entry in entries), key=lambda template: template.name)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"{path}: template is not Jinja ({error}); fix or remove it") from error
+
+
+def turned_templates(root: Path) -> frozenset[str]:
+    """Templates below a folder that ask for another task than their data set's.
+
+    Returns:
+        `<data set> <subset> <template>` in `plain_name`'s spelling, as names of rendered files begin.
+    """
+    return frozenset(
+        plain_name(*path.parent.relative_to(root).parts, entry["name"])
+        for path in sorted(root.rglob("templates.yaml"))
+        for entry in _entries(path)
+        if not entry["metadata"]["original_task"]
+    )
+
+
+def plain_name(*parts: str) -> str:
+    """Names as files of rendered prompts have them: lower case, `_` for whatever is no letter or digit."""
+    return re.sub(r"[\W_]+", "_", "_".join(parts).lower()).strip("_")
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = list(yaml.load(path.read_bytes(), Loader=_Loader)["templates"].values())
+        # Looked up here, where the file can be named.
+        for entry in entries:
+            _ = entry["name"], entry["jinja"], entry["answer_choices"], entry["metadata"]["original_task"]
+        return entries
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path}: not a PromptSource file of templates ({reason}); fix or remove it"
         ) from error
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"{path}: template is not Jinja ({error}); fix or remove it") from error
-    return sorted(templates, key=lambda template: template.name)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.CSafeLoader):
     """YAML whose two tags of PromptSource are plain mappings."""
 
 
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _mapping(loader: yaml.CSafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
@@ -124,7 +151,6 @@ def _compiled(entry: dict[str, Any]) -> Template:
     choices = entry["answer_choices"]
     return Template(
         name=entry["name"],
-        original_task=bool(entry["metadata"]["original_task"]),
         accuracy="Accuracy" in (entry["metadata"]["metrics"] or []),
         body=environment.from_string(entry["jinja"]),
         answer_choices=environment.from_string(choices) if choices else None,

@@ -63,7 +63,7 @@ def read(
             if tables:
                 drops.skip_file(folder / data_set, f"no file of the splits {', '.join(row_splits)}")
             continue
-        usable = _usable(path)
+        usable = load_templates(path)
         if not usable:
             drops.skip_file(folder / data_set, "no template of the original task")
             continue
@@ -78,10 +78,6 @@ def read(
         raise ValueError(f"{folder}: no data set of {root} has rows here; correct the folder or `templates`")
 
 
-def _usable(path: Path) -> list[Template]:
-    return [template for template in load_templates(path) if template.original_task]
-
-
 def _examples(
     files: Sequence[Path],
     name: str,
@@ -90,7 +86,7 @@ def _examples(
     prompts_per_row: int,
     seed: int,
 ) -> Iterator[Example]:
-    templates = _usable(template_file)
+    templates = load_templates(template_file)
     for path in files:
         for number, row in table_rows(path):
             instance = f"{path.stem}-{number}"

@@ -17,17 +17,25 @@ from megatron_iml.data.data_sources import data_source
 from megatron_iml.data.example import Task
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.sources.form import Form, Instances, make_task
+from megatron_iml.data.sources.jinja_templates import plain_name, turned_templates
 from megatron_iml.data.text_files import as_text, as_texts, json_value, source_files
 
 BENCHMARK = "PromptSource"
 
 
-def read(folder: Path, drops: Drops) -> Iterator[Task]:
+def read(folder: Path, drops: Drops, *, templates: str = "") -> Iterator[Task]:
     """Tasks of ReCross's data folder.
+
+    Args:
+        folder: holds a folder for each data set.
+        drops: where instances are counted.
+        templates: folder of PromptSource's templates, relative to `folder`; records of those that ask for
+            another task than their data set's are dropped, as the paper did.
 
     Raises:
         ValueError: a file is not an array of records; nothing matches.
     """
+    turned = turned_templates(folder / templates) if templates else frozenset()
     folders: dict[Path, list[Path]] = {}
     for path in source_files(folder, "*/*.json", drops):
         folders.setdefault(path.parent, []).append(path)
@@ -35,23 +43,25 @@ def read(folder: Path, drops: Drops) -> Iterator[Task]:
         # The first hyphen alone: in ai2_arc-ARC-Easy the rest is the subset's own.
         name = data_folder.name.replace("-", "__", 1)
         source = (data_source(name),)
-        yield make_task(drops, BENCHMARK, name, "", partial(_instances, paths), data_sources=source)
+        yield make_task(drops, BENCHMARK, name, "", partial(_instances, paths, turned), data_sources=source)
 
 
-def _instances(paths: Sequence[Path], counts: TaskCounts) -> Instances:
+def _instances(paths: Sequence[Path], turned: frozenset[str], counts: TaskCounts) -> Instances:
     for path in paths:
         records = json_value(path)
         if not isinstance(records, list):
             raise ValueError(f"{path}: got a JSON {type(records).__name__}, expected an array of records")
         for number, record in enumerate(records):
-            yield f"{path.stem}-{number}", _form(record, counts)
+            yield f"{path.stem}-{number}", _form(record, turned, counts)
 
 
-def _form(record: object, counts: TaskCounts) -> Form | str:
-    if not isinstance(record, list) or len(record) != 3 or not isinstance(record[2], str):
+def _form(record: object, turned: frozenset[str], counts: TaskCounts) -> Form | str:
+    if not isinstance(record, list) or len(record) != 3 or str(record[2]).count("|") < 3:
         return "not [input, outputs, place]"
+    data_set, split, *template, row = str(record[2]).split("|")
+    if plain_name(data_set, *template) in turned:
+        return "template of another task"
     source, targets = as_text(record[0], counts), as_texts(record[1], counts)
     if source is None or targets is None:
         return "a field is not text"
-    _, split, *_, row = ["", *record[2].split("|")][-4:] if record[2].count("|") < 3 else record[2].split("|")
     return Form(source.rstrip(), targets, instance=f"{split}|{row}")

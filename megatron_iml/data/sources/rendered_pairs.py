@@ -11,7 +11,6 @@ The literal text `<|endoftext|>` at the end of a completion is not part of an an
 one prompt are one example with several references.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_iml.data.data_sources import data_source
 from megatron_iml.data.example import Task
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.sources.form import Form, Instances, make_task
+from megatron_iml.data.sources.jinja_templates import plain_name, turned_templates
 from megatron_iml.data.text_files import as_text, json_lines, source_files
 
 END_OF_TEXT = "<|endoftext|>"
@@ -33,24 +33,28 @@ FIELDS = (
 )
 
 
-def read(folder: Path, drops: Drops, *, benchmark: str = "PromptSource") -> Iterator[Task]:
+def read(
+    folder: Path, drops: Drops, *, benchmark: str = "PromptSource", templates: str = ""
+) -> Iterator[Task]:
     """Tasks of a folder of rendered prompts.
 
     Args:
         folder: anything above the files.
         drops: where instances are counted.
         benchmark: whose data sets of `categories.yaml` the files' names begin with.
+        templates: folder of PromptSource's templates, relative to `folder`; files of those that ask for
+            another task than their data set's are left out, as the paper did.
 
     Raises:
         ValueError: a file whose name begins with no data set of the benchmark; a line without both fields.
     """
-    names = {
-        re.sub(r"[\W_]+", "_", name).lower(): name
-        for owner, name in load_categories().labels
-        if owner == benchmark
-    }
+    names = {plain_name(name): name for owner, name in load_categories().labels if owner == benchmark}
     files: dict[str, list[Path]] = {}
+    turned = turned_templates(folder / templates) if templates else frozenset()
     for path in source_files(folder, "**/*.jsonl", drops):
+        if plain_name(path.stem) in turned:
+            drops.skip_file(path, "template of another task")
+            continue
         files.setdefault(_data_set(path, names, benchmark), []).append(path)
     for name, paths in sorted(files.items()):
         source = (data_source(name),)
@@ -58,7 +62,7 @@ def read(folder: Path, drops: Drops, *, benchmark: str = "PromptSource") -> Iter
 
 
 def _data_set(path: Path, names: dict[str, str], benchmark: str) -> str:
-    stem = re.sub(r"[\W_]+", "_", path.stem).lower()
+    stem = plain_name(path.stem)
     # The longest: super_glue__boolq and not another data set of its collection.
     fitting = [name for name in names if stem == name or stem.startswith(name + "_")]
     if not fitting:
