@@ -96,7 +96,10 @@ class NativeSource:
 
     def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-        stored = read_archive(self._files[info.relative_path], info.offset, info.length)
+        try:
+            stored = read_archive(self._files[info.relative_path], info.offset, info.length)
+        except ValueError as error:
+            raise ValueError(f"tensor {key} at {tuple(chunk.offsets)}: {error}") from error
         if not isinstance(stored, StoredTensor) or stored.shape != tuple(chunk.sizes):
             raise ValueError(
                 f"{self.path / info.relative_path}: tensor {key} at {tuple(chunk.offsets)} is not the chunk "

@@ -15,6 +15,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,17 +50,19 @@ class PartialFolder:
         self.output, self.plans = output, files
         # A dot, so that no reader of a folder of checkpoints takes it for one.
         self.folder = output.absolute().parent / f".{output.name}.partial"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise ValueError(f"{self.folder} is being written by another process: wait for it") from None
         self.done: dict[str, Checksums] = {}
-        if not self._take_up(request):
-            self._lay_out(request)
-        self._files = {name: os.open(self.folder / name, os.O_RDWR) for name in files}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as opened:
+            self._lock = _open(self.folder, os.O_RDONLY, opened)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self.folder} is being written by another process: wait for it") from None
+            if not self._take_up(request):
+                self._lay_out(request)
+            self._files = {name: _open(self.folder / name, os.O_RDWR, opened) for name in files}
+            # From here on they are closed by `__exit__`.
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> "PartialFolder":
         return self
@@ -67,8 +70,7 @@ class PartialFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for descriptor in (*self._files.values(), self._lock):
-            os.close(descriptor)
+        self._opened.close()
 
     def write_group(self, label: str, pieces: Iterable[Piece]) -> None:
         """Append pieces to their records, force them to disk, and enter the group in the journal."""
@@ -121,13 +123,14 @@ class PartialFolder:
 
     def reveal(self) -> None:
         """Give the folder its name; from here on it exists."""
-        (self.folder / JOURNAL).unlink()
         os.fsync(self._lock)
         # Fails, as it should, if somebody has made a folder of that name meanwhile.
         self.folder.rename(self.output)
         parent = os.open(self.folder.parent, os.O_RDONLY)
         os.fsync(parent)
         os.close(parent)
+        # Last: a death before the rename would leave all the work done and nobody to know it.
+        (self.output / JOURNAL).unlink()
 
     def _write(self, file: str, name: str, data: memoryview, offset: int) -> None:
         try:
@@ -174,7 +177,13 @@ class PartialFolder:
             )
         for name, plan in self.plans.items():
             with (self.folder / name).open("wb") as file:
-                file.truncate(plan.size)
+                try:
+                    file.truncate(plan.size)
+                except OSError as error:
+                    raise OSError(
+                        f"{file.name} needs {plan.size:,} bytes and cannot have them ({error.strerror}); "
+                        "name another --output, or raise the limit"
+                    ) from error
                 for offset, data in plan.frames:
                     file.seek(offset)
                     file.write(data)
@@ -185,3 +194,9 @@ class PartialFolder:
             journal.write(json.dumps(line).encode() + b"\n")
             journal.flush()
             os.fsync(journal.fileno())
+
+
+def _open(path: Path, flags: int, opened: ExitStack) -> int:
+    descriptor = os.open(path, flags)
+    opened.callback(os.close, descriptor)
+    return descriptor

@@ -59,12 +59,21 @@ DAMAGE = (
     zlib.error,
     struct.error,
     EOFError,
+    ValueError,
     LookupError,
     TypeError,
     AttributeError,
     RuntimeError,
 )
 """What `zipfile` and `pickle` raise for bytes that are not what was written."""
+
+
+PYTHON_2_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+"""Protocol 2, which torch writes, still has these."""
+
+
+class RefusedPickle(ValueError):
+    """A pickle that names what may not be loaded."""
 
 
 class Stub:
@@ -145,6 +154,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a global that the pickle names."""
+        module = PYTHON_2_NAMES.get(module, module)
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return self._archive.tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
@@ -160,7 +170,7 @@ class _Unpickler(pickle.Unpickler):
             return vars(torch)[name]
         if module.split(".")[0] in STUBBED_PACKAGES or (module, name) in STUBBED_NAMES:
             return Stub
-        raise ValueError(
+        raise RefusedPickle(
             f"{self._archive.file.path} holds a pickle that names {module}.{name}, which is neither a tensor "
             "nor part of a training configuration: refused, since loading it could run foreign code"
         )
@@ -202,10 +212,13 @@ class _Archive:
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         if min(shape, default=1) > 0 and last >= storage.numel:
             raise zipfile.BadZipFile(f"a tensor of shape {tuple(shape)} exceeds its record {info.filename}")
+        start = self._data_offset(info)
+        if start + num_bytes > self.file.size:
+            raise zipfile.BadZipFile(f"record {info.filename} ends beyond the file")
         return StoredTensor(
             name=info.filename,
             file=self.file,
-            offset=self._data_offset(info),
+            offset=start,
             num_bytes=num_bytes,
             dtype=storage.dtype,
             shape=tuple(shape),
@@ -236,6 +249,8 @@ def read_archive(file: MappedFile, start: int = 0, num_bytes: int | None = None)
     length = file.size - start if num_bytes is None else num_bytes
     try:
         return _Archive(file, start, length).load()
+    except RefusedPickle:
+        raise
     except DAMAGE as error:
         raise ValueError(
             f"{file.path} is truncated, damaged or not written by torch 1.6 or newer ({error}): copy it "

@@ -55,7 +55,7 @@ def check_same_logits(source: Source, converted: Source, exactly: bool, toleranc
     length = min(LENGTH, source.model.max_position_embeddings)
     generator = torch.Generator().manual_seed(1)
     tokens_ST = torch.randint(rows, (PROMPTS, length), generator=generator)
-    ours, theirs = (_logits(one, tokens_ST)[..., :rows] for one in (converted, source))
+    ours, theirs = (logits(one, tokens_ST)[..., :rows] for one in (converted, source))
     difference = ((ours - theirs).abs().max() / theirs.std()).item()
     if not (torch.equal(ours, theirs) if exactly else difference <= tolerance):
         raise ValueError(
@@ -77,7 +77,7 @@ def verifier(source: Source, dtype: torch.dtype | None) -> Callable[[Path], None
     return verify
 
 
-def _logits(source: Source, tokens_ST: Tensor) -> Tensor:
+def logits(source: Source, tokens_ST: Tensor) -> Tensor:
     """OPT's forward [S, T, V]."""
     layers, whole = _reader(source)
     words_VF = whole("words")
