@@ -7,10 +7,11 @@ file shares with it, a report with examples and a decision file (`contamination_
     that is no template of the quiz   ->   Pair(shared=7, specific=4): over the threshold of 1 %
 
 A row is compared as it is instantiated: prompt, target, further references. An n-gram that more than a
-twentieth of an evaluation file's rows hold is that file's template (instruction text); `shared` counts rows
-with any common n-gram, as the paper does, `specific` those with one that is no template. Every row is read
-once, n-grams of evaluation lie in sorted arrays on disk, and of a training file no more is kept than which of
-them it holds: time is linear, memory bounded. A killed search keeps the files it has finished.
+twentieth of a task's rows hold, on either side, is that task's template (instruction text). `shared` counts
+rows with any common n-gram, as the paper does; `specific` those with one that has no word in common with a
+template, so not the end of an instruction with the first word of an input either. Every row is
+read once, n-grams of evaluation lie in sorted arrays on disk, and of a training file no more is kept than
+which of them it holds: time is linear, memory bounded. A killed search keeps the files it has finished.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,12 +26,13 @@ from numpy.typing import NDArray
 from megatron_iml.data.bench import Bench, BenchFile
 from megatron_iml.data.corpus_chunks import read_chunks
 from megatron_iml.data.jobs import finished_record, worker_pool, write_json
-from megatron_iml.data.ngram_index import IndexBuilder, NgramIndex
+from megatron_iml.data.ngram_index import IndexBuilder, NgramIndex, exceeds_template, settle_templates
 from megatron_iml.data.ngrams import Hashes, NgramHasher
 from megatron_iml.data.text_files import json_object
 
-# An n-gram of the index that a training file holds, and where in the file its first row begins.
-HIT = np.dtype([("ngram", "<i8"), ("offset", "<i8")])
+# An n-gram of the index that a training file holds: where in the file its first row begins, and in how many
+# rows it is.
+HIT = np.dtype([("ngram", "<i8"), ("offset", "<i8"), ("rows", "<i8")])
 INDEX_RECORD = "index.json"
 
 
@@ -53,7 +55,7 @@ class Pair:
     shared: int
     """Rows with any common n-gram."""
     specific: int
-    """Rows with a common n-gram that is no template of an evaluation file."""
+    """Rows with a common n-gram outside the templates of all tasks."""
 
 
 class Findings:
@@ -76,6 +78,11 @@ class Findings:
         """What a training file holds of the index, HIT, sorted by n-gram."""
         return np.asarray(np.load(_hits_path(self.folder, training)))
 
+    def specific_hits(self, training: BenchFile) -> np.ndarray:
+        """Those hits that reach into no template."""
+        hits = self.hits(training)
+        return np.asarray(hits[~self.index.is_template_U[hits["ngram"]]])
+
     def files_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The number of each row's file in `evaluation`."""
         return np.searchsorted(self.first_rows, rows, side="right") - 1
@@ -86,7 +93,7 @@ class Findings:
             ngrams = self.hits(training)["ngram"]
             if not len(ngrams):
                 continue
-            specific = ngrams[~self.index.is_template_U[ngrams]]
+            specific = self.specific_hits(training)["ngram"]
             shared_F, specific_F = (
                 np.bincount(self.files_of(self.index.rows_of(some)), minlength=len(self.evaluation))
                 for some in (ngrams, specific)
@@ -131,7 +138,25 @@ def find_contamination(
             futures = [pool.submit(_scan, bench, entry, search.output, search.ngram) for entry in missing]
             for future in futures:
                 advance(future.result())
+    if not (search.output / "index" / "settled").is_file():
+        _settle(search, bench)
     return Findings(search.output, bench)
+
+
+def _settle(search: Search, bench: Bench) -> None:
+    """Templates need the rows of both sides, so they are known when everything is read."""
+    hasher = NgramHasher(search.ngram)
+    hits = ((entry, np.load(_hits_path(search.output, entry))) for entry in bench.files("train"))
+    settle_templates(
+        search.output / "index",
+        (found["ngram"][exceeds_template(found["rows"], entry.examples)] for entry, found in hits),
+        (
+            (piece.hashes_G, piece.text_G)
+            for entry in evaluation_files(bench)
+            for piece in rows_with_ngrams(bench, entry, hasher)
+        ),
+        search.ngram,
+    )
 
 
 def open_findings(folder: Path, bench: Bench) -> Findings:
@@ -139,13 +164,16 @@ def open_findings(folder: Path, bench: Bench) -> Findings:
 
     Raises FileNotFoundError without any, ValueError for those of another bench.
     """
-    if not (folder / INDEX_RECORD).is_file():
-        raise FileNotFoundError(f"no findings in {folder}; run tools/preprocess/find_contamination.py first")
+    if not (folder / INDEX_RECORD).is_file() or not (folder / "index" / "settled").is_file():
+        raise FileNotFoundError(
+            f"no finished findings in {folder}; run tools/preprocess/find_contamination.py first"
+        )
     fingerprint = json_object(folder / INDEX_RECORD)["origin"]["bench_fingerprint"]
-    missing = [entry.stem for entry in bench.files("train") if not _hits_path(folder, entry).is_file()]
-    if fingerprint != bench.fingerprint or missing:
-        what = f"lacks {missing[0]}" if missing else f"was made from another bench than {bench.folder}"
-        raise ValueError(f"{folder} {what}; run tools/preprocess/find_contamination.py on this bench")
+    if fingerprint != bench.fingerprint:
+        raise ValueError(
+            f"{folder} was made from another bench than {bench.folder}; run "
+            "tools/preprocess/find_contamination.py on this one"
+        )
     return Findings(folder, bench)
 
 
@@ -162,7 +190,7 @@ def rows_with_ngrams(bench: Bench, entry: BenchFile, hasher: NgramHasher) -> Ite
         hashes_G, text_G = hasher.hashes(texts)
         lengths = np.fromiter(map(len, lines), np.int64, len(lines)) + 1
         offsets = position + np.cumsum(lengths) - lengths
-        yield RowNgrams(first, offsets, hashes_G, np.array(owners)[text_G])
+        yield RowNgrams(first, offsets, hashes_G, text_G, np.array(owners)[text_G])
         first += len(lines)
         position += len(chunk.data)
 
@@ -175,6 +203,8 @@ class RowNgrams:
     offsets: NDArray[np.int64]
     """Where every row begins in the file."""
     hashes_G: Hashes
+    text_G: NDArray[np.int64]
+    """The text of each n-gram; a row with several references has several."""
     row_G: NDArray[np.int64]
     """The row of each n-gram, counted from `first_row`."""
 
@@ -206,7 +236,9 @@ def _build_index(search: Search, bench: Bench, advance: Callable[[int], None]) -
         too_short[entry.file] = entry.examples - compared
         first += entry.examples
         advance(entry.examples)
-    builder.finish(np.cumsum([0] + [entry.examples for entry in evaluation]))
+    stems = {stem: number for number, stem in enumerate(dict.fromkeys(entry.stem for entry in evaluation))}
+    first_rows = np.cumsum([0] + [entry.examples for entry in evaluation])
+    builder.finish(first_rows, np.array([stems[entry.stem] for entry in evaluation]))
     np.save(search.output / "index" / "offsets.npy", np.concatenate(offsets))
     write_json(record, {"origin": origin, "rows_too_short": too_short})
 
@@ -223,18 +255,28 @@ def _scan(bench: Bench, entry: BenchFile, folder: Path, ngram: int) -> int:
     found = np.empty(0, dtype=HIT)
     for piece in rows_with_ngrams(bench, entry, hasher):
         places, numbers = index.find(piece.hashes_G)
-        hits = np.empty(len(numbers), dtype=HIT)
-        hits["ngram"] = numbers
-        hits["offset"] = piece.offsets[piece.row_G[places]]
-        together = np.concatenate([found, hits])
-        # The first row of each is enough to show; which other rows hold it is asked where it is removed.
-        found = together[np.unique(together["ngram"], return_index=True)[1]]
+        # An n-gram twice in a row counts once.
+        distinct = np.unique(numbers * len(piece.offsets) + piece.row_G[places])
+        hits = np.empty(len(distinct), dtype=HIT)
+        hits["ngram"] = distinct // len(piece.offsets)
+        hits["offset"] = piece.offsets[distinct % len(piece.offsets)]
+        hits["rows"] = 1
+        found = _merged(np.concatenate([found, hits]))
     path = _hits_path(folder, entry)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         np.save(file, found)
     partial.replace(path)
     return entry.examples
+
+
+def _merged(hits: np.ndarray) -> np.ndarray:
+    """One hit for each n-gram: its first offset, all its rows."""
+    # The first row of each is enough to show; which other rows hold it is asked where it is removed.
+    ngrams, first, which = np.unique(hits["ngram"], return_index=True, return_inverse=True)
+    merged = hits[first]
+    merged["rows"] = np.bincount(which, weights=hits["rows"], minlength=len(ngrams))
+    return np.asarray(merged)
 
 
 def _hits_path(folder: Path, training: BenchFile) -> Path:

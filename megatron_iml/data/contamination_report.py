@@ -67,8 +67,8 @@ def write_report(findings: Findings, threshold: float) -> list[Pair]:
         "# Shared words of training and evaluation",
         "",
         f"{len(pairs)} pairs of a training task and an evaluation file of which more than {threshold:.1%} of "
-        f"the rows share a run of {findings.ngram} words. `specific` leaves out runs that stand in so many "
-        "rows of the evaluation file that they must be its instruction. "
+        f"the rows share a run of {findings.ngram} words. `specific` leaves out runs that reach into words "
+        "that so many rows of a task hold that they must be its instruction. "
         f"{too_short:,} of {rows:,} evaluation rows have fewer words and cannot be compared.",
         "",
         "| training | evaluation | rows | shared | specific | proposed |",
@@ -93,11 +93,8 @@ def write_report(findings: Findings, threshold: float) -> list[Pair]:
 def examples_of(findings: Findings, pair: Pair, hasher: NgramHasher) -> Iterator[SharedText]:
     """A few shared texts of a pair, of evaluation rows spread over those that share anything."""
     number = findings.evaluation.index(pair.evaluation)
-    hits = findings.hits(pair.training)
+    hits = findings.specific_hits(pair.training) if pair.specific else findings.hits(pair.training)
     ngrams = hits["ngram"]
-    if pair.specific:
-        hits = hits[~findings.index.is_template_U[ngrams]]
-        ngrams = hits["ngram"]
     first, stop = findings.first_rows[number], findings.first_rows[number + 1]
     rows = findings.index.rows_of(ngrams)
     rows = rows[(rows >= first) & (rows < stop)]

@@ -134,10 +134,8 @@ def _specific_rows(
     findings: Findings, training: BenchFile, evaluation: list[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """N-grams of a training file that are specific to rows of evaluation files, and those rows."""
-    ngrams = findings.hits(training)["ngram"]
-    ngrams = ngrams[~findings.index.is_template_U[ngrams]]
     held, held_by = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for some, rows in findings.index.holders(ngrams):
+    for some, rows in findings.index.holders(findings.specific_hits(training)["ngram"]):
         wanted = np.isin(findings.files_of(rows), evaluation)
         held.append(np.unique(some[wanted]))
         held_by.append(np.unique(rows[wanted]))

@@ -13,7 +13,7 @@ Suffixes: U distinct n-grams, R evaluation rows, Q hashes looked up.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,7 +27,7 @@ BUCKET_BITS = 8
 PAIR = np.dtype([("hash", "<u8"), ("row", "<u4")])
 # One in 16 bits is set at most, so that one absent n-gram in 16 is looked up in vain.
 FILTER_BITS_PER_NGRAM = 16
-# An n-gram in more rows of one file than this share, and than this number, is the file's own template.
+# An n-gram in more rows of one task than this share, and than this number, is the task's own template.
 TEMPLATE_SHARE = 0.05
 TEMPLATE_ROWS = 4
 SLICE = 1 << 14
@@ -53,15 +53,20 @@ class IndexBuilder:
         for file, start, stop in zip(self._files, starts, starts[1:], strict=False):
             file.write(pairs[start:stop].tobytes())
 
-    def finish(self, first_rows: NDArray[np.int64]) -> None:
-        """Sort and write everything. `first_rows` [files + 1]: the first row of every file, and the end."""
+    def finish(self, first_rows: NDArray[np.int64], tasks: NDArray[np.int64]) -> None:
+        """Sort and write everything.
+
+        Args:
+            first_rows: the first row of every file, and the end, [files + 1].
+            tasks: the number of every file's task, [files]; validation and test share their templates.
+        """
         for bucket in self._files:
             bucket.close()
         names = ("hashes", "counts", "rows", "templates")
         parts: dict[str, BinaryIO] = {name: (self._folder / f"{name}.partial").open("wb") for name in names}
         for number in range(1 << BUCKET_BITS):
             pairs = np.unique(np.fromfile(self._buckets / f"{number:03d}", dtype=PAIR))
-            self._write_bucket(pairs, first_rows, parts)
+            self._write_bucket(pairs, first_rows, tasks, parts)
         for part in parts.values():
             part.close()
         shutil.rmtree(self._buckets)
@@ -75,17 +80,21 @@ class IndexBuilder:
             (self._folder / f"{name}.partial").replace(self._folder / name)
 
     def _write_bucket(
-        self, pairs: np.ndarray, first_rows: NDArray[np.int64], parts: dict[str, BinaryIO]
+        self,
+        pairs: np.ndarray,
+        first_rows: NDArray[np.int64],
+        tasks: NDArray[np.int64],
+        parts: dict[str, BinaryIO],
     ) -> None:
-        hashes_U, starts_U, counts_U = np.unique(pairs["hash"], return_index=True, return_counts=True)
-        # Rows of a hash within one file: hash and file together, whose runs are counted.
-        file_P = np.searchsorted(first_rows, pairs["row"], side="right") - 1
+        hashes_U, counts_U = np.unique(pairs["hash"], return_counts=True)
+        # Rows of an n-gram within one task: runs of both together.
+        task_P = tasks[np.searchsorted(first_rows, pairs["row"], side="right") - 1]
         ngram_P = np.repeat(np.arange(len(hashes_U)), counts_U)
-        runs, inverse_counts = np.unique(np.stack([ngram_P, file_P]), axis=1, return_counts=True)
-        sizes = np.diff(first_rows)[runs[1]]
-        common = inverse_counts > np.maximum(TEMPLATE_ROWS, TEMPLATE_SHARE * sizes)
+        runs, rows_of_run = np.unique(ngram_P * len(first_rows) + task_P, return_counts=True)
+        rows_of_task = np.bincount(tasks, weights=np.diff(first_rows))
+        common = exceeds_template(rows_of_run, rows_of_task[runs % len(first_rows)])
         templates_U = np.zeros(len(hashes_U), dtype=np.uint8)
-        templates_U[runs[0][common]] = 1
+        templates_U[runs[common] // len(first_rows)] = 1
         parts["hashes"].write(hashes_U.tobytes())
         parts["counts"].write(counts_U.astype("<u4").tobytes())
         parts["rows"].write(np.ascontiguousarray(pairs["row"]).tobytes())
@@ -101,7 +110,8 @@ class NgramIndex:
     """First of every n-gram's `rows`, [U+1]."""
     rows: NDArray[np.uint32]
     is_template_U: NDArray[np.bool_]
-    """Whether an n-gram is in so many rows of a file that it must be the file's prompt."""
+    """Whether an n-gram is in so many rows of a task that it must be the task's prompt; after
+    `settle_templates` also whether it reaches into one."""
     bits: NDArray[np.uint8]
 
     @classmethod
@@ -111,7 +121,9 @@ class NgramIndex:
             _mapped(folder / "hashes", "<u8"),
             np.load(folder / "starts.npy", mmap_mode="r"),
             _mapped(folder / "rows", "<u4"),
-            _mapped(folder / "templates", "<u1").view(bool),
+            _mapped(folder / ("settled" if (folder / "settled").is_file() else "templates"), "<u1").view(
+                bool
+            ),
             np.load(folder / "filter.npy", mmap_mode="r"),
         )
 
@@ -140,6 +152,52 @@ class NgramIndex:
         """The distinct rows that hold any of these n-grams, sorted."""
         held = [np.unique(rows) for _, rows in self.holders(numbers)]
         return np.unique(np.concatenate([np.empty(0, np.int64), *held]))
+
+
+def settle_templates(
+    folder: Path,
+    templates: Iterable[NDArray[np.int64]],
+    evaluation: Iterable[tuple[Hashes, NDArray[np.int64]]],
+    n: int,
+) -> None:
+    """Write once and for all which n-grams are templates, or reach into one.
+
+    Args:
+        folder: of the index.
+        templates: numbers of n-grams that are templates of training tasks.
+        evaluation: n-grams of the evaluation rows in their order, and the number of each one's text.
+        n: words of an n-gram.
+    """
+    index = NgramIndex.open(folder)
+    partial = folder / "settled.partial"
+    shutil.copyfile(folder / "templates", partial)
+    if not len(index.hashes_U):
+        partial.replace(folder / "settled")
+        return
+    settled_U = np.memmap(partial, dtype="<u1", mode="r+")
+    for numbers in templates:
+        settled_U[numbers] = 1
+    template_U = settled_U.copy()
+    for hashes_G, text_G in evaluation:
+        # Every n-gram of evaluation is in the index: the places are all of them.
+        _, number_G = index.find(hashes_G)
+        settled_U[number_G[_reaches_into(template_U[number_G] > 0, text_G, n)]] = 1
+    settled_U.flush()
+    partial.replace(folder / "settled")
+
+
+def _reaches_into(template_G: NDArray[np.bool_], text_G: NDArray[np.int64], n: int) -> NDArray[np.bool_]:
+    """Whether an n-gram has a word in common with a template of its own text."""
+    place_G = np.arange(len(template_G))
+    first_G = np.maximum(place_G - n + 1, np.searchsorted(text_G, text_G, side="left"))
+    stop_G = np.minimum(place_G + n, np.searchsorted(text_G, text_G, side="right"))
+    before = np.concatenate([[0], np.cumsum(template_G)])
+    return np.asarray(before[stop_G] > before[first_G])
+
+
+def exceeds_template(rows_holding: NDArray, rows: NDArray | int) -> NDArray[np.bool_]:
+    """Whether n-grams are in too many of a task's rows to be of single examples."""
+    return np.asarray(rows_holding > np.maximum(TEMPLATE_ROWS, TEMPLATE_SHARE * rows))
 
 
 def _write_filter(path: Path, hashes_U: Hashes) -> None:

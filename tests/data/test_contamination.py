@@ -1,5 +1,6 @@
 """Planted overlaps are found, shown and removed; instructions in common are not."""
 
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,8 +23,8 @@ QUIZ, TRIVIA, OTHER = "B__Held__quiz", "B__Trained__trivia", "B__Trained__other"
 
 
 def words(task: str, index: int) -> str:
-    """Twenty words that stand in one example alone."""
-    return " ".join(f"{task}{index}w{k}" for k in range(20))
+    """A first word that a row of each task has, as inputs begin alike, and twenty of this example alone."""
+    return f"colour{index} " + " ".join(f"{task}{index}w{k}" for k in range(20))
 
 
 def quiz_row(index: int) -> str:
@@ -37,22 +38,22 @@ def trivia_row(index: int) -> str:
     return f"{INSTRUCTION} {text}"
 
 
-def make_bench(folder: Path) -> Bench:
+def make_bench(folder: Path, quiz: Sequence[int] = range(100)) -> Bench:
     """All rows of `trivia` hold the instruction of `quiz`, rows 0 to 3 the passages of its rows 10 to 13."""
     entries, accounts = [], {}
-    for stem, split, level, text in (
-        (TRIVIA, "train", "fully_supervised", trivia_row),
-        (OTHER, "train", "fully_supervised", lambda index: words("other", index)),
-        (QUIZ, "test", "fully_held_out", quiz_row),
+    for stem, split, level, text, indices in (
+        (TRIVIA, "train", "fully_supervised", trivia_row, range(100)),
+        (OTHER, "train", "fully_supervised", lambda index: words("other", index), range(100)),
+        (QUIZ, "test", "fully_held_out", quiz_row, quiz),
     ):
         benchmark, category, task = stem.split("__")
-        rows = [{"id": f"{task}-{i}", "src": text(i), "tgt": f"answer {i}"} for i in range(100)]
+        rows = [{"id": f"{task}-{i}", "src": text(i), "tgt": f"answer {i}"} for i in indices]
         data = b"".join(orjson.dumps(row) + b"\n" for row in rows)
         (folder / split).mkdir(parents=True, exist_ok=True)
         (folder / split / f"{stem}.jsonl").write_bytes(data)
         digest, file = sha256(data).hexdigest(), f"{split}/{stem}.jsonl"
-        entries.append(BenchFile(task, benchmark, category, level, split, 100, "rouge_l", digest, file))
-        accounts[stem] = {"read": 100, "written": {split: 100}, "dropped": {}, "repaired": {}}
+        entries.append(BenchFile(task, benchmark, category, level, split, len(rows), "rouge_l", digest, file))
+        accounts[stem] = {"read": len(rows), "written": {split: len(rows)}, "dropped": {}, "repaired": {}}
     (folder / "manifest.json").write_bytes(manifest_bytes(1, {}, entries))
     (folder / "ledger.json").write_bytes(orjson.dumps({"tasks": accounts, "skipped_files": {}}))
     return verify_bench(folder)
@@ -89,9 +90,17 @@ def test_planted_passages_are_found_apart_from_the_instruction(bench: Bench, tmp
     assert not [key for key in found if key[0] == OTHER]
 
 
+def test_an_instruction_in_few_evaluation_rows_is_known_by_its_training_task(tmp_path: Path) -> None:
+    """Four evaluation rows cannot tell a template from a passage; a hundred training rows can."""
+    findings = search(make_bench(tmp_path / "bench", quiz=range(8, 12)), tmp_path / "found")
+    (pair,) = findings.pairs()
+    assert (pair.evaluation.examples, pair.shared, pair.specific) == (4, 4, 2)
+
+
 def test_workers_and_a_killed_search_find_the_same(bench: Bench, tmp_path: Path) -> None:
     alone = search(bench, tmp_path / "alone")
     (tmp_path / "alone" / "hits" / f"{TRIVIA}.npy").unlink()
+    (tmp_path / "alone" / "index" / "settled").unlink()
     again = search(bench, tmp_path / "alone")
     shared = search(bench, tmp_path / "two", workers=2)
     expected = [(pair.training.stem, pair.shared, pair.specific) for pair in alone.pairs()]

@@ -24,7 +24,7 @@ def test_index_is_the_dictionary(tmp_path: Path) -> None:
         builder.add(hashes, rows)
         for value, row in zip(hashes.tolist(), rows.tolist(), strict=True):
             rows_of[value].add(row)
-    builder.finish(first_rows)
+    builder.finish(first_rows, np.array([0, 1]))
     index = NgramIndex.open(tmp_path)
     assert index.hashes_U.tolist() == sorted(rows_of)
 
@@ -47,6 +47,15 @@ def test_index_is_the_dictionary(tmp_path: Path) -> None:
 def test_evaluation_without_any_ngram(tmp_path: Path) -> None:
     builder = IndexBuilder(tmp_path)
     builder.add(np.empty(0, np.uint64), np.empty(0, np.int64))
-    builder.finish(np.array([0, 3]))
+    builder.finish(np.array([0, 3]), np.array([0]))
     places, numbers = NgramIndex.open(tmp_path).find(np.array([1, 2], np.uint64))
     assert len(places) == len(numbers) == 0
+
+
+def test_validation_and_test_of_a_task_share_their_templates(tmp_path: Path) -> None:
+    # Three rows of each of two files: too few in either, five and more together.
+    for tasks, is_template in (([0, 0], True), ([0, 1], False)):
+        builder = IndexBuilder(tmp_path)
+        builder.add(np.full(6, 7, np.uint64), np.array([0, 1, 2, 10, 11, 12]))
+        builder.finish(np.array([0, 10, 20]), np.array(tasks))
+        assert NgramIndex.open(tmp_path).is_template_U.tolist() == [is_template]
