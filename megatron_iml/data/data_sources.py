@@ -1,7 +1,7 @@
 """One name for each original data set: benchmarks spell the same one in many ways.
 
-    data_source("super_glue__boolq"), data_source("bool_q"), data_source("boolq")  ->  "boolq"
-    data_source("race__high"), data_source("race-middle")                          ->  "race"
+    data_source("super_glue__boolq"), data_source("bool_q"), data_source("BoolQ")  ->  "boolq"
+    data_source("race__high"), data_source("race__middle")                         ->  "race"
     data_source("cot_ecqa"), data_source("cos_e__v1.11")                           ->  "commonsenseqa"
 
 Splits use it to keep what is evaluated and what is trained on apart across benchmarks. It knows names, not
@@ -43,6 +43,10 @@ ALIASES = {
     "gluemrpc": "mrpc",
     "glueqqp": "quora",
     "imdbreviews": "imdb",
+    "kiltay2": "aidayago2",
+    "kiltfever": "fever",
+    "kilthotpotqa": "hotpotqa",
+    "kiltnq": "naturalquestions",
     "math": "mathcompetition",
     "mathmaticsdataset": "mathdataset",
     "mnlimatched": "mnli",
@@ -72,9 +76,9 @@ ALIASES = {
 
 
 def data_source(name: str) -> str:
-    """The data set behind a name: a task's, `<data set>__<subset>` or `<data set>-<subset>`."""
-    name = name.strip().removeprefix("cot_")
-    data_set, separator, subset = name.partition("__" if "__" in name else "-")
+    """The data set behind a name: a task's, `<data set>` or `<data set>__<subset>`."""
+    # Only "__" parts them: hyphens stand within names, as in e-SNLI.
+    data_set, separator, subset = name.strip().removeprefix("cot_").partition("__")
     if separator and data_set in COLLECTIONS:
         data_set = subset
     squeezed = _squeezed(data_set)

@@ -14,6 +14,7 @@ All tasks at once, since the level of one depends on the data sources of the oth
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from megatron_iml.data.data_sources import data_source
 from megatron_iml.data.example import Task
 from megatron_iml.data.splits import Level, Splits, near
 
@@ -32,13 +33,13 @@ def missing_names(splits: Splits, tasks: Sequence[Task]) -> list[str]:
         for wanted, known, kind in (
             (splits.held_out_categories, categories, "category"),
             (splits.held_out_tasks, names, "task"),
-            (splits.held_out_data_sources, sources, "data source"),
+            ([data_source(name) for name in splits.held_out_data_sources], sources, "data source"),
         )
         for name in wanted
         if not any(fnmatchcase(each, name) if kind == "task" else each == name for each in known)
     ]
-    wanted = splits.held_out_categories + splits.held_out_tasks + splits.held_out_data_sources
-    if missing and (splits.missing_names == "refuse" or len(missing) == len(wanted)):
+    all_names = splits.held_out_categories + splits.held_out_tasks + splits.held_out_data_sources
+    if missing and (splits.missing_names == "refuse" or len(missing) == len(all_names)):
         kind, name, known = missing[0]
         raise ValueError(f"splits: no {kind} {name!r} in the sources; {near(name, known)}")
     return [f"{kind} {name}" for kind, name, _ in missing]
@@ -59,7 +60,7 @@ def levels_of(splits: Splits, tasks: Sequence[Task]) -> list[Level | None]:
         # What is only ever evaluated is expected to overlap: its own papers chose it knowing what it is from.
         if level != "fully_supervised" and not task.evaluation_only
         for source in task.data_sources
-    } - set(splits.shared_data_sources)
+    } - {data_source(name) for name in splits.shared_data_sources}
     levels = [
         None if level == "fully_supervised" and not held_out.isdisjoint(task.data_sources) else level
         for task, level in zip(tasks, named, strict=True)
@@ -87,6 +88,7 @@ def _named_level(splits: Splits, task: Task) -> Level:
         if name
         for pattern in splits.held_out_tasks
     )
-    if named or task.evaluation_only or not set(task.data_sources).isdisjoint(splits.held_out_data_sources):
+    sources = {data_source(name) for name in splits.held_out_data_sources}
+    if named or task.evaluation_only or not sources.isdisjoint(task.data_sources):
         return "partially_supervised"
     return "fully_supervised"

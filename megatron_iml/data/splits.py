@@ -56,7 +56,7 @@ class Splits:
     held_out_tasks: tuple[str, ...] = ()
     """A name or pattern (`task*_race_*`) holds out the tasks of that name, or parent, in every benchmark."""
     held_out_data_sources: tuple[str, ...] = ()
-    """Data sets in the spelling of `data_sources.py`: holds out every task made from one of them."""
+    """Data sets, in any spelling that `data_sources.py` knows: every task made from one of them."""
     shared_data_sources: tuple[str, ...] = ()
     """Data sources that held-out and training tasks may share, e.g. as they share no more than articles."""
     missing_names: Literal["refuse", "allow"] = "refuse"

@@ -6,14 +6,14 @@ from megatron_iml.data.data_sources import ALIASES, data_source
 @pytest.mark.parametrize(
     ("expected", "names"),
     [
-        ("boolq", ["super_glue__boolq", "super_glue-boolq", "bool_q", "boolq", "superglue-boolq"]),
-        ("race", ["race__high", "race-middle", "race"]),
-        ("ai2arc", ["ai2_arc__ARC-Easy", "ai2_arc-ARC-Easy", "arc_challenge", "arc"]),
+        ("boolq", ["super_glue__boolq", "bool_q", "boolq", " BoolQ", "superglue__boolq"]),
+        ("race", ["race__high", "race__middle", "race"]),
+        ("ai2arc", ["ai2_arc__ARC-Easy", "ai2_arc", "arc_challenge", "arc"]),
         ("commonsenseqa", ["commonsense_qa", "cos_e__v1.0", "cot_ecqa"]),
-        ("winogrande", ["winogrande", "winogrande-winogrande_xl", "winogrande__winogrande_debiased"]),
+        ("winogrande", ["winogrande", "wino_grande", "winogrande__winogrande_debiased"]),
         ("wsc", ["super_glue__wsc.fixed", "wsc273", "enhanced_wsc", "winowhy"]),
-        ("hotpotqa", ["hotpot_qa__fullwiki", "kilt_tasks__hotpotqa", "hotpotqa"]),
-        ("snli", ["snli", "esnli", "e_snli"]),
+        ("hotpotqa", ["hotpot_qa__fullwiki", "kilt_tasks__hotpotqa", "hotpotqa", "kilt_hotpotqa"]),
+        ("snli", ["snli", "esnli", "e_snli", "e-SNLI"]),
     ],
 )
 def test_spellings_of_one_data_set(expected, names):
@@ -21,7 +21,18 @@ def test_spellings_of_one_data_set(expected, names):
 
 
 def test_different_data_sets_stay_apart():
-    names = ["super_glue__boolq", "super_glue__copa", "glue__mrpc", "race", "squad", "sst2", "mnli", "snli"]
+    names = [
+        "super_glue__boolq",
+        "super_glue__copa",
+        "glue__mrpc",
+        "race",
+        "squad",
+        "sst2",
+        "mnli",
+        "snli",
+        "multi-news",
+        "multi-woz",
+    ]
     assert len({data_source(name) for name in names}) == len(names)
 
 

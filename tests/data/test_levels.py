@@ -29,7 +29,7 @@ def test_tasks_are_held_out_by_pattern_parent_and_data_source():
         task("race__high", "B", "race"),
         task("squad", "B", "squad"),
     ]
-    splits = Splits(held_out_tasks=("task*_race_*", "mmlu"), held_out_data_sources=("race",))
+    splits = Splits(held_out_tasks=("task*_race_*", "mmlu"), held_out_data_sources=("RACE__all",))
     assert levels_of(splits, tasks) == ["partially_supervised"] * 3 + ["fully_supervised"]
 
 

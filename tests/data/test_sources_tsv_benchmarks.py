@@ -21,6 +21,7 @@ def test_crossfit_draws_are_one_task_with_all_outputs(tmp_path):
     )
     found = Reading(crossfit.read, tmp_path)
     assert list(found.tasks) == ["blimp-ellipsis_n_bar_1", "codah"]
+    assert found.tasks["blimp-ellipsis_n_bar_1"].data_sources == ("blimp",)
     # Files in their order: the draw of seed 100 before that of seed 13.
     examples = {example.source: example.targets for example in found.examples("codah")}
     assert examples == {
