@@ -2,7 +2,7 @@
 
     draw    the window's stretch of the stream, documents cut or dropped: draws.py
     hang    if asked for, documents that begin alike are gathered into trees: prefixes.py
-    pack    largest first, each into the row it fills best
+    pack    largest first, each into the row it fills best; then what is missing is spread over the rows
     order   rows are shuffled within the window; nothing depends on the number of data-parallel ranks
 
 With row_length 8, documents of 9, 5, 4 and 3 tokens take 8, 4, 3 and 2 slots: rows [9], [5 4], and the 3
@@ -27,7 +27,7 @@ from megatron_iml.data.prefixes import hang_documents, separate_documents
 from megatron_iml.data.shuffle import Int64, permute, stream_key
 
 # Raise it whenever the same inputs give another plan: it is part of a plan's fingerprint.
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
 # Documents packed together. Best fit among 16,384 fills 99.9 % of rows of 2,048; the smaller the window, the
 # more evenly every stretch of the run follows the mixture.
 WINDOW = 1 << 14
@@ -130,6 +130,29 @@ def best_fit(slots_W: Int64, row_length: int) -> tuple[Int64, int]:
     return np.array(row_of, dtype=np.int64), rows
 
 
+def even_out(slots_W: Int64, row_W: Int64, row_length: int) -> Int64:
+    """Fill the emptiest row with the smallest document of many others; return row_W.
+
+    Best fit leaves all that is missing in the row it opened last. A step with that row cannot be dealt
+    evenly; with a hundred rows that lack a few slots each it can.
+    """
+    if not len(slots_W):
+        return row_W
+    filled_R = np.bincount(row_W, slots_W).astype(np.int64)
+    emptiest = int(filled_R.argmin())
+    by_size = np.argsort(slots_W, kind="stable")
+    # The first of each row in this order is its smallest; a row's only document must not leave it.
+    rows, first = np.unique(row_W[by_size], return_index=True)
+    several = (np.bincount(row_W)[rows] > 1) & (rows != emptiest)
+    givers = np.sort(first[several])
+    given = by_size[givers]
+    left = row_length - filled_R[emptiest] - np.cumsum(slots_W[given])
+    # As long as the giver lacks no more afterwards than the row that it gives to.
+    lacks = row_length - filled_R[row_W[given]] + slots_W[given]
+    moved = given[: int(np.logical_and.accumulate(lacks <= left).sum())]
+    return np.where(np.isin(np.arange(len(row_W)), moved), emptiest, row_W)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Placement:
     """Which draws lie where: their order, the row of each, the tokens it shares with the one before it."""
@@ -151,7 +174,7 @@ def _place(corpus: Corpus, draws: Draws, kept_P: Int64, config: PackingConfig) -
     slots_P = lengths_P[forest.order_P] - 1 - forest.shared_P
     slots_W = np.bincount(forest.tree_P, slots_P).astype(np.int64)
     row_W, num_rows = best_fit(slots_W, config.row_length)
-    row_P = row_W[forest.tree_P]
+    row_P = even_out(slots_W, row_W, config.row_length)[forest.tree_P]
     # Stable: a tree stays together, and trees of a row in the order of the stream.
     by_row = np.argsort(row_P, kind="stable")
     return _Placement(kept_P[forest.order_P[by_row]], row_P[by_row], forest.shared_P[by_row], num_rows)

@@ -7,15 +7,19 @@ as floor. A position or a mask that is off shows at 1e-2 and more (last test).
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from corpora import plan_of, write_corpus
 from helpers import single_rank, tiny_config
 from torch import Tensor
 
 from megatron_iml.config import Config
-from megatron_iml.data.loader import Piece, Row, assemble_row
+from megatron_iml.data.loader import Loader, Piece, Row, assemble_row
+from megatron_iml.data.mixture import Mixture
+from megatron_iml.data.packing import PackingConfig
 from megatron_iml.model.build import build_model
 from megatron_iml.model.initialise import initialise
 from megatron_iml.model.parameters import named_global_parameters
@@ -59,8 +63,12 @@ def assert_same(config: Config, packed: Row, pieces: list[Piece]) -> None:
     ours, our_gradients = run(config, [packed])
     theirs, their_gradients = run(config, apart(pieces))
     torch.testing.assert_close(ours[0], torch.cat(theirs), rtol=0, atol=1e-5)
-    for name, gradient in our_gradients.items():
-        truth = their_gradients[name]
+    assert_same_gradients(our_gradients, their_gradients)
+
+
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    for name, gradient in ours.items():
+        truth = theirs[name]
         error = (gradient - truth).abs().max() / truth.abs().max().clamp_min(1e-6)
         assert error < 1e-5, f"{name}: relative error {error:.1e}"
 
@@ -122,6 +130,34 @@ def test_nested_prefixes_are_the_documents_apart(config: Config) -> None:
     # 42 tokens; 6 are never read and 20 are shared.
     assert packed.layout.num_real == 16
     assert_same(config, packed, pieces)
+
+
+def test_prefixes_that_the_plan_builder_shares_are_the_documents_apart(
+    config: Config, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(4)
+    definitions = rng.integers(4, VOCABULARY, (2, 34)).tolist()
+    documents = []
+    for number in range(14):
+        # Two definitions; under the first, some documents share a demonstration as well.
+        shown = [300, 301, 302, 303, 304] if number % 4 == 0 else []
+        question = rng.integers(4, VOCABULARY, rng.integers(1, 6)).tolist()
+        answer = [*rng.integers(4, VOCABULARY, rng.integers(1, 5)).tolist(), 2]
+        documents.append([definitions[number % 2] + shown + question, answer])
+    # One that comes twice stores nothing the second time.
+    documents.append(documents[0])
+    corpus = write_corpus(tmp_path / "corpus", {"A__b__c": documents})
+    packing = PackingConfig(Mixture(), row_length=120, rows=None, seed=1, max_positions=64, branches=5)
+    plan = plan_of(corpus, packing, tmp_path / "plan")
+    assert plan.entries_E["trunk"].tolist().count(-1) == 4  # of 15 documents in trees of up to 6
+    assert (plan.entries_E["shared"] > 34).sum() >= 3
+    loader = Loader(corpus, plan)
+    rows = [loader.row(row) for row in range(plan.num_rows)]
+    pieces = [Piece(*corpus.tokens(int(entry["document"]), 0)) for entry in plan.entries_E]
+    ours, our_gradients = run(config, rows)
+    theirs, their_gradients = run(config, apart(pieces))
+    torch.testing.assert_close(torch.cat(ours), torch.cat(theirs), rtol=0, atol=1e-5)
+    assert_same_gradients(our_gradients, their_gradients)
 
 
 def test_the_comparison_sees_a_wrong_position_and_a_wrong_bound(config: Config) -> None:
