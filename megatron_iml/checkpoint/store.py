@@ -55,6 +55,8 @@ class RunState:
     rows_consumed: int
     """Rows of the plan trained on: the loader's whole state."""
     plan_fingerprint: str
+    tokenizer_sha256: str = ""
+    """Of the corpus trained on; empty for weights that no training of ours has touched."""
 
 
 class CheckpointStore:

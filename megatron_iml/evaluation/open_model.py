@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_iml.checkpoint.formats import is_foreign
-from megatron_iml.checkpoint.store import read_record
+from megatron_iml.checkpoint.store import RunState, read_record
 from megatron_iml.checkpoint.weights import fill_weights
 from megatron_iml.config import Config, ParallelConfig, check_layout
 from megatron_iml.data.tokenizer import Tokenizer
@@ -68,8 +68,9 @@ def open_model(config: Config, checkpoint: str) -> Iterator[OpenedModel]:
     tokenizer = _load_tokenizer(config)
     folder = _weights_folder(config, checkpoint)
     if folder is not None and not is_foreign(folder):
-        # Other formats do not say what their prefix is; our own checkpoints do.
+        # Other formats do not say what their prefix and tokenizer are; our own checkpoints do.
         _check_prefix(config, folder)
+        _check_tokenizer(config, folder, tokenizer)
     layout = start_distributed(config)
     try:
         chunks = build_model(config, layout)
@@ -171,4 +172,14 @@ def _check_prefix(config: Config, folder: Path) -> None:
         raise ValueError(
             f"model.inference_prefix: got {config.model.inference_prefix}; allowed: {theirs}, which the "
             f"checkpoint {folder} was made for; set model.inference_prefix={theirs}"
+        )
+
+
+def _check_tokenizer(config: Config, folder: Path, tokenizer: Tokenizer) -> None:
+    theirs = RunState(**read_record(folder)["state"]).tokenizer_sha256
+    # Another vocabulary of the same size would give every prompt other words, and a score without a warning.
+    if theirs and theirs != tokenizer.sha256:
+        raise ValueError(
+            f"evaluation.tokenizer: got {config.evaluation.tokenizer} with SHA-256 {tokenizer.sha256}; "
+            f"allowed: {theirs}, which the corpus of checkpoint {folder} was made with; name that one"
         )

@@ -5,11 +5,11 @@ What enters: a prepared `Run` (see prepare.py). What leaves: checkpoints and a t
 
 import time
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from megatron_iml.checkpoint.store import RunState
 from megatron_iml.config import rows_per_step
 
 from .prepare import Run
@@ -53,7 +53,7 @@ def _train_steps(run: Run, reporter: Reporter) -> int:
         rows = step_rows(run.train_loader, due_rows, config, layout)
         result = train_step(engine, rows, rate)
         # Skipped fp16 steps count too: their rows are consumed and the schedule goes on.
-        state = RunState(state.step + 1, state.rows_consumed + num_rows, state.plan_fingerprint)
+        state = replace(state, step=state.step + 1, rows_consumed=state.rows_consumed + num_rows)
         seconds = time.perf_counter() - began
         reporter.step(step_row(state.step, rate, rows, result, seconds, run))
         # After the step, so that the checkpoint holds it; asked of all, so that nobody saves alone.

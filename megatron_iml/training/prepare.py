@@ -74,7 +74,7 @@ def prepare(config: Config, layout: Layout) -> Run:
     on_every_rank(lambda: _check_start(config, newest, plan))
     # From here on ranks wait for one another in collectives, so nothing below is a user's to get wrong.
     engine = build_engine(config, layout)
-    state, start = _fill(engine, newest, plan.fingerprint)
+    state, start = _fill(engine, newest, train_loader)
     # After the weights: what uninitialised ones give proves nothing.
     if config.training.self_test:
         run_self_test(engine)
@@ -164,7 +164,7 @@ def _check_start(config: Config, newest: Path | None, plan: Plan) -> None:
         )
 
 
-def _fill(engine: Engine, newest: Path | None, plan_fingerprint: str) -> tuple[RunState, str]:
+def _fill(engine: Engine, newest: Path | None, train_loader: Loader) -> tuple[RunState, str]:
     """Weights and state: from the newest checkpoint, from initial weights, or random as the config says."""
     config = engine.config
     if newest is not None:
@@ -178,4 +178,4 @@ def _fill(engine: Engine, newest: Path | None, plan_fingerprint: str) -> tuple[R
         start = f"from {folder}"
     # The fp32 master weights were copied from the model before it was filled.
     engine.optimizer.reload_model_params()
-    return RunState(0, 0, plan_fingerprint), start
+    return RunState(0, 0, train_loader.plan.fingerprint, train_loader.corpus.tokenizer_sha256), start

@@ -84,7 +84,12 @@ def test_what_is_complete_what_is_kept_and_what_is_not(tmp_path: Path) -> None:
         assert sorted(folder.name for folder in tmp_path.glob("iter_*")) == names
         assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
         record = read_record(tmp_path / "iter_0000003")
-        assert record["state"] == {"step": 3, "rows_consumed": 12, "plan_fingerprint": "abc"}
+        assert record["state"] == {
+            "step": 3,
+            "rows_consumed": 12,
+            "plan_fingerprint": "abc",
+            "tokenizer_sha256": "",
+        }
         assert record["config"]["model"]["hidden_size"] == 64
         # A save that was killed: everything is there but the marker, and then not even that much.
         (tmp_path / "iter_0000003" / "complete.json").unlink()

@@ -1,6 +1,7 @@
 """Both commands with a tiny random OPT: the same report under every layout, resumption, mistakes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from helpers import CPU_ENVIRONMENT
 
 from megatron_iml.checkpoint.store import CheckpointStore, RunState
 from megatron_iml.config import Config, TrainingConfig, load_config
-from megatron_iml.data.tokenizer import train_byte_level_bpe
+from megatron_iml.data.tokenizer import Tokenizer, train_byte_level_bpe
 from megatron_iml.evaluate import main as evaluate
 from megatron_iml.evaluation.open_model import fingerprint_weights
 from megatron_iml.generate import main as generate
@@ -146,7 +147,8 @@ def native(config: Path, tmp_path: Path) -> Path:
         initialise(engine.chunks, loaded.model, loaded.training.seed, layout)
         engine.optimizer.reload_model_params()
         store = CheckpointStore(tmp_path / "checkpoints", keep_last=1, asynchronous=False)
-        return store.save(engine, RunState(step=7, rows_consumed=0, plan_fingerprint="p"))
+        tokenizer = Tokenizer.load(Path(loaded.evaluation.tokenizer or ""))
+        return store.save(engine, RunState(7, 0, "p", tokenizer.sha256))
     finally:
         stop_distributed()
 
@@ -170,6 +172,17 @@ def test_native_checkpoint_scores_like_the_weights_in_it(
     arguments = ("--config", config, "--checkpoint", native, "model.inference_prefix=eos")
     assert run(evaluate, *arguments) == 2
     assert capsys.readouterr().err.startswith("error: model.inference_prefix: got eos; allowed: none")
+
+    # And so is its tokenizer: one of the same size with two ids exchanged is another.
+    other = tmp_path / "other-tokenizer"
+    shutil.copytree(load_config(config).evaluation.tokenizer or "", other)
+    vocabulary = json.loads((other / "vocab.json").read_text())
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "vocab.json").write_text(json.dumps(vocabulary))
+    for command in ((evaluate,), (generate, "--prompt", "0:")):
+        arguments = ("--config", config, "--checkpoint", native, f"evaluation.tokenizer={other}")
+        assert run(command[0], *command[1:], *arguments) == 2
+        assert "error: evaluation.tokenizer: got" in capsys.readouterr().err
 
 
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
