@@ -1,18 +1,21 @@
-"""Time and memory of converting an OPT of a given size, from Hugging Face to native and back.
+"""Time and memory of converting an OPT of a given size, from Hugging Face to native, to metaseq, and back.
 
     python benchmarks/conversion.py --size opt-6.7b --folder /scratch/convert --output benchmarks/results
+    python benchmarks/conversion.py --size opt-175b --num-layers 1 --parts 16 --folder /scratch/convert
 
 Random fp16 weights are written with the safetensors library, then converted by tools/checkpoint/convert.py in
 processes of their own. Before a number is printed every tensor that came back must be the one that was
-written, bit for bit. Reported: seconds of each conversion, bytes of weights per second, and the largest
-private memory (RssAnon of /proc/PID/status, sampled every 20 ms): mapped pages of weight files are the page
-cache's. With --cold the input is not in the page cache. The folder needs three times the size of the weights.
+written, bit for bit. Reported: seconds of each conversion, with the imports; processor seconds, which other
+jobs on the machine change little; bytes of weights per second of either; and the largest private memory
+(RssAnon of /proc/PID/status, sampled every 20 ms): mapped pages of weight files are the page cache's. With --cold the
+input is not in the page cache. The folder needs four times the size of the weights.
 """
 
 import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -75,13 +78,19 @@ def private_bytes(pid: int) -> int:
 def convert(*arguments: str | Path) -> dict[str, float]:
     """Run the command; returns seconds and the largest private memory."""
     command = [sys.executable, str(ROOT / "tools" / "checkpoint" / "convert.py"), *map(str, arguments)]
-    began, peak = time.monotonic(), 0
+    began, before, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN), 0
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
     while process.poll() is None:
         peak = max(peak, private_bytes(process.pid))
         time.sleep(0.02)
     assert process.returncode == 0, f"{command} ended with {process.returncode}"
-    return {"seconds": round(time.monotonic() - began, 1), "peak_private_mib": round(peak / 2**20)}
+    seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(processor, 1),
+        "peak_private_mib": round(peak / 2**20),
+    }
 
 
 def forget(folder: Path) -> None:
@@ -119,26 +128,45 @@ def main() -> None:
     )
     parser.add_argument("--size", default="opt-6.7b", help="a published size (default: %(default)s)")
     parser.add_argument("--folder", type=Path, required=True, help="made, and removed at the end")
+    parser.add_argument("--num-layers", type=int, help="fewer layers of that size's width")
+    parser.add_argument("--parts", type=int, default=2, help="metaseq's parts (default: %(default)s)")
     parser.add_argument("--cold", action="store_true", help="drop inputs from the page cache first")
     parser.add_argument("--verify", action="store_true", help="compare logits too")
     parser.add_argument("--output", type=Path, help="folder of conversion.jsonl, to append a row to")
     arguments = parser.parse_args()
     size = opt_size(arguments.size)
+    size = size._replace(num_layers=arguments.num_layers or size.num_layers)
     model = ModelConfig(**size._asdict(), ffn_hidden_size=4 * size.hidden_size)
-    source, native, back = (arguments.folder / name for name in ("source", "native", "back"))
+    source, native, parts, back, straight = (
+        arguments.folder / name for name in ("source", "native", "parts", "back", "straight")
+    )
     total = write_source(source, model)
-    row = {"size": arguments.size, "weight_bytes": total, "cold": arguments.cold, "verify": arguments.verify}
-    extra = ["--verify"] if arguments.verify else []
+    row = {
+        "size": arguments.size,
+        "num_layers": size.num_layers,
+        "parts": arguments.parts,
+        "weight_bytes": total,
+        "cold": arguments.cold,
+        "verify": arguments.verify,
+    }
+    heads = ["--num-attention-heads", str(size.num_attention_heads)]
     for name, form, places, options in (
-        ("to_native", "native", (source, native), ["--inference-prefix", "eos"]),
-        ("to_hugging_face", "hugging-face", (native, back), []),
+        ("hugging_face_to_native", "native", (source, native), ["--inference-prefix", "eos"]),
+        ("native_to_metaseq", "metaseq", (native, parts), ["--parts", str(arguments.parts)]),
+        ("metaseq_to_hugging_face", "hugging-face", (parts, back), heads),
+        ("native_to_hugging_face", "hugging-face", (native, straight), []),
     ):
         if arguments.cold:
             forget(places[0])
+        extra = ["--verify"] if arguments.verify else []
         result = convert(form, "--input", places[0], "--output", places[1], *options, *extra)
         result["gigabytes_per_second"] = round(total / 1e9 / result["seconds"], 2)
         row[name] = result
-    row["tensors_bit_equal"] = check_equal(source, back)
+        if form == "hugging-face":
+            row["tensors_bit_equal"] = check_equal(source, places[1])
+            # Makes room.
+            shutil.rmtree(places[1])
+            shutil.rmtree(parts, ignore_errors=True)
     row["machine"] = {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()}
     row["versions"] = {"torch": torch.__version__, "python": platform.python_version()}
     row["commit"] = subprocess.run(

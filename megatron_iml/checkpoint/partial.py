@@ -15,6 +15,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -61,7 +62,10 @@ class PartialFolder:
             if not self._take_up(request):
                 self._lay_out(request)
             self._files = {name: _open(self.folder / name, os.O_RDWR, opened) for name in files}
-            # From here on they are closed by `__exit__`.
+            # One thread, which forces a group to disk while the next one is read.
+            self._syncer = opened.enter_context(ThreadPoolExecutor(1))
+            self._syncing: Future[None] | None = None
+            # From here on all this is closed by `__exit__`.
             self._opened = opened.pop_all()
 
     def __enter__(self) -> "PartialFolder":
@@ -73,7 +77,10 @@ class PartialFolder:
         self._opened.close()
 
     def write_group(self, label: str, pieces: Iterable[Piece]) -> None:
-        """Append pieces to their records, force them to disk, and enter the group in the journal."""
+        """Append pieces to their records, force them to disk, and enter the group in the journal.
+
+        The last two happen in the background; `settle` waits for them.
+        """
         written: dict[tuple[str, str], tuple[int, int]] = {}
         for file, name, tensor in pieces:
             record = self.plans[file].records[name]
@@ -93,6 +100,16 @@ class PartialFolder:
             for place in record.crc_offsets:
                 self._write(file, name, memoryview(checksum.to_bytes(4, "little")), place)
             checksums.setdefault(file, {})[name] = {"bytes": position, "crc32": f"{checksum:08x}"}
+        self.settle()
+        self._syncing = self._syncer.submit(self._complete, label, checksums)
+
+    def settle(self) -> None:
+        """Wait until every group that was written is in the journal."""
+        if self._syncing is not None:
+            self._syncing.result()
+            self._syncing = None
+
+    def _complete(self, label: str, checksums: Checksums) -> None:
         # The journal must not say what the disk does not hold.
         for file in checksums:
             os.fsync(self._files[file])
@@ -100,7 +117,8 @@ class PartialFolder:
         self.done[label] = checksums
 
     def checksums(self) -> Checksums:
-        """Of every record of every file."""
+        """Of every record of every file, when all are on disk."""
+        self.settle()
         files: Checksums = {name: {} for name in self.plans}
         for group in self.done.values():
             for file, records in group.items():
@@ -138,6 +156,7 @@ class PartialFolder:
                 count = os.pwrite(self._files[file], data, offset)
                 data, offset = data[count:], offset + count
         except OSError as error:
+            self.settle()
             raise OSError(
                 f"{self.folder / file}: tensor {name} could not be written ({error.strerror}); make room and "
                 f"run the same command again: it goes on after {len(self.done)} groups of layers"

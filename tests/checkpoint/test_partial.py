@@ -95,11 +95,12 @@ def test_killed_at_random_moments(tmp_path, source, form, moments) -> None:
 
 def stop_after(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupt at the end of so many groups."""
-    write = PartialFolder.write_group
+    write, labels = PartialFolder.write_group, []
 
     def counted(self: PartialFolder, label: str, pieces: object) -> None:
-        if len(self.done) == number:
+        if len(labels) == number:
             raise KeyboardInterrupt
+        labels.append(label)
         write(self, label, pieces)
 
     monkeypatch.setattr(PartialFolder, "write_group", counted)
