@@ -7,8 +7,8 @@ Random fp16 weights are written with the safetensors library, then converted by 
 processes of their own. Before a number is printed every tensor that came back must be the one that was
 written, bit for bit. Reported: seconds of each conversion, with the imports; processor seconds, which other
 jobs on the machine change little; bytes of weights per second of either; and the largest private memory
-(RssAnon of /proc/PID/status, sampled every 20 ms): mapped pages of weight files are the page cache's. With --cold the
-input is not in the page cache. The folder needs four times the size of the weights.
+(RssAnon of /proc/PID/status, sampled every 20 ms): mapped pages of weight files are the page cache's. With
+--cold the input is not in the page cache. The folder needs four times the size of the weights.
 """
 
 import argparse
