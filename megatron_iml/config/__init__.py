@@ -5,9 +5,10 @@ check_config(config, world_size=8)
 """
 
 from megatron_iml.config.layout import (
+    chunk_layers,
     data_parallel_size,
-    layers_per_chunk,
     micro_batches_per_step,
+    place_of_rank,
     rows_per_step,
 )
 from megatron_iml.config.load import load_config, save_config
@@ -38,12 +39,13 @@ __all__ = [
     "TrainingConfig",
     "check_config",
     "check_layout",
+    "chunk_layers",
     "data_parallel_size",
-    "layers_per_chunk",
     "load_config",
     "micro_batches_per_step",
     "opt_size",
     "parameter_count",
+    "place_of_rank",
     "rows_per_step",
     "save_config",
 ]

@@ -20,8 +20,8 @@ from megatron_iml.config.schema import Config
 def convert(value: object, kind: Any, key: str) -> Any:
     """`value` as an instance of the annotation `kind`; `key` names the field in errors.
 
-    `kind` is int, float, bool, str, Literal[...], `X | None`, dict[str, X] or a section's dataclass. Raises
-    ValueError with what was got and what is allowed.
+    `kind` is int, float, bool, str, Literal[...], `X | None`, dict[str, X], tuple[X, ...] or a section's
+    dataclass. Raises ValueError with what was got and what is allowed.
     """
     if is_dataclass(kind):
         return _section(value, kind, key)
@@ -38,6 +38,8 @@ def convert(value: object, kind: Any, key: str) -> Any:
         )
     if origin is dict:
         return _dictionary(value, get_args(kind)[1], key)
+    if origin is tuple:
+        return _list(value, get_args(kind)[0], key)
     if kind is bool or kind is str:
         return _exactly(value, kind, key)
     return _number(value, kind, key)
@@ -89,6 +91,12 @@ def _dictionary(value: object, kind: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise ValueError(f"{key}: got {value!r}; allowed: a mapping of texts; write {key}: {{name: value}}")
     return {name: convert(item, kind, f"{key}.{name}") for name, item in value.items()}
+
+
+def _list(value: object, kind: Any, key: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{key}: got {value!r}; allowed: a list; write {key}: [first, second]")
+    return tuple(convert(item, kind, f"{key}[{index}]") for index, item in enumerate(value))
 
 
 def _exactly(value: object, kind: type, key: str) -> object:

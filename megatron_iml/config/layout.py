@@ -10,8 +10,15 @@ Each rule is a function of (config, world size) that returns a problem in one li
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from megatron_iml.config.schema import Config
+
+TARGET_SHARE = 0.086
+"""Targets per position of the paper's mix: what the LM head costs follows from it. Where it is far from this
+(all-target replay), parallel.pipeline_layers says better."""
+EMBEDDING_LAYERS = 0.01
+"""Work of the embedding in layers. It computes next to nothing; more than nothing breaks ties."""
 
 Rule = Callable[[Config, int], str | None]
 
@@ -20,6 +27,24 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     """Ranks that hold the same shard of the model: world / (tensor x pipeline)."""
     parallel = config.parallel
     return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+
+
+class Place(NamedTuple):
+    """A rank's coordinates in the tensor x data x pipeline grid."""
+
+    tensor: int
+    data: int
+    stage: int
+
+
+def place_of_rank(config: Config, world_size: int, rank: int) -> Place:
+    """Where megatron-core puts a rank: tensor ranks are neighbours, then replicas, then stages.
+
+    World 8, TP2, PP2: rank 5 is tensor rank 1 and data rank 0 of stage 1.
+    """
+    rest, tensor = divmod(rank, config.parallel.tensor_model_parallel_size)
+    stage, data = divmod(rest, data_parallel_size(config, world_size))
+    return Place(tensor, data, stage)
 
 
 def rows_per_step(config: Config) -> int:
@@ -32,11 +57,34 @@ def micro_batches_per_step(config: Config, world_size: int) -> int:
     return rows_per_step(config) // data_parallel_size(config, world_size)
 
 
-def layers_per_chunk(config: Config) -> int:
-    """Layers of one model chunk: of a pipeline stage, or of one of its interleaved parts."""
+def num_chunks(config: Config) -> int:
+    """Parts the layers are cut into: pipeline stages times the interleaved parts of each."""
     parallel = config.parallel
-    chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
-    return config.model.num_layers // chunks
+    return parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+
+
+def chunk_layers(config: Config) -> tuple[int, ...]:
+    """Layers of every model chunk in order of depth; chunk c is part c // stages of stage c % stages.
+
+    As given, or balanced: each layer in turn goes to the chunk with the least work, which for jobs of one
+    size keeps the heaviest chunk as light as can be.
+
+        22 layers, 4 stages   ->   (5, 6, 6, 5)       24 layers, 4 stages   ->   (6, 6, 6, 6)
+    """
+    if config.parallel.pipeline_layers is not None:
+        return config.parallel.pipeline_layers
+    model, chunks = config.model, num_chunks(config)
+    # A chunk without layers would be legal, and a mistake.
+    layers, work = [1] * chunks, [1.0] * chunks
+    work[0] += EMBEDDING_LAYERS
+    # Against the matrices of one layer: 4 h^2 of attention and 2 h f of feed-forward.
+    layer_weights = 4 * model.hidden_size + 2 * model.ffn_hidden_size
+    work[-1] += TARGET_SHARE * model.vocab_size / layer_weights
+    for _ in range(model.num_layers - chunks):
+        lightest = work.index(min(work))
+        layers[lightest] += 1
+        work[lightest] += 1.0
+    return tuple(layers)
 
 
 def problem(what: str, got: object, allowed: str, remedy: str) -> str:
@@ -86,20 +134,25 @@ def tensor_parallel_divides_model(config: Config, world_size: int) -> str | None
     return next((problem for problem in outcomes if problem), None)
 
 
-def chunks_divide_layers(config: Config, world_size: int) -> str | None:
-    """Every stage, and every interleaved chunk of it, has the same number of layers."""
-    pp, vp = (
-        config.parallel.pipeline_model_parallel_size,
-        config.parallel.virtual_pipeline_model_parallel_size,
-    )
-    chunks = pp * (vp or 1)
-    if config.model.num_layers % chunks == 0:
+def pipeline_layers_fit(config: Config, world_size: int) -> str | None:
+    """Every chunk has a layer or more, and together they have all."""
+    given, chunks, layers = config.parallel.pipeline_layers, num_chunks(config), config.model.num_layers
+    if given is None and layers >= chunks:
+        return None
+    if given is None:
+        return problem(
+            "model.num_layers",
+            layers,
+            f"at least pipeline x virtual pipeline = {chunks}, a layer for every chunk",
+            "change parallel.pipeline_model_parallel_size or parallel.virtual_pipeline_model_parallel_size",
+        )
+    if len(given) == chunks and sum(given) == layers and min(given) >= 1:
         return None
     return problem(
-        "model.num_layers",
-        config.model.num_layers,
-        f"a multiple of pipeline x virtual pipeline = {pp} x {vp or 1} = {chunks}",
-        "change parallel.pipeline_model_parallel_size or parallel.virtual_pipeline_model_parallel_size",
+        "parallel.pipeline_layers",
+        f"{list(given)}, {sum(given)} layers in {len(given)} chunks",
+        f"{layers} layers in pipeline x virtual pipeline = {chunks} chunks of 1 or more",
+        "change parallel.pipeline_layers, or leave it out to split by cost",
     )
 
 
@@ -143,7 +196,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     world_is_divisible,
     heads_divide_hidden,
     tensor_parallel_divides_model,
-    chunks_divide_layers,
+    pipeline_layers_fit,
     interleaving_has_a_pipeline,
     sequence_parallel_has_tensor_parallel,
     sequence_parallel_divides_row,

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from megatron_iml.config.layout import (
     LAYOUT_RULES,
     Rule,
+    chunk_layers,
     data_parallel_size,
-    layers_per_chunk,
     micro_batches_per_step,
     problem,
 )
@@ -51,13 +51,15 @@ def _out_of_range(config: Config, row: Range) -> str | None:
 
 def recompute_fits_chunk(config: Config, world_size: int) -> str | None:
     """Full recompute groups the layers of one chunk; megatron-core indexes past its end otherwise."""
-    parallel, layers = config.parallel, layers_per_chunk(config)
+    parallel, chunks = config.parallel, sorted(set(chunk_layers(config)))
     count, method = parallel.recompute_num_layers, parallel.recompute_method
     if parallel.recompute_granularity != "full":
         return None
-    if layers % count == 0 if method == "uniform" else count <= layers:
+    # `block` takes the first layers of each chunk, as many as there are.
+    if all(layers % count == 0 for layers in chunks) if method == "uniform" else count <= chunks[-1]:
         return None
-    allowed = f"a divisor of {layers}" if method == "uniform" else f"at most {layers}"
+    sizes = " and ".join(map(str, chunks))
+    allowed = f"a divisor of {sizes}" if method == "uniform" else f"at most {chunks[-1]}"
     return problem(
         "parallel.recompute_num_layers",
         f"{count} with recompute_method {method}",

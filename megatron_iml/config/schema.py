@@ -76,6 +76,9 @@ class ParallelConfig:
     """Stages the layers are cut into."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Interleaved pipeline: model chunks per stage (2 or more), or none."""
+    pipeline_layers: tuple[int, ...] | None = None
+    """Layers of every pipeline chunk in order of depth, e.g. [5, 6, 6, 5]: pipeline x virtual numbers. None
+    splits by cost: evenly, and what does not divide spares the head's chunk first, then the embedding's."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the row."""
     overlap_grad_reduce: bool = False

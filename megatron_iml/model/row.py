@@ -48,9 +48,15 @@ class MicroBatch:
         return self.target_rows_M.numel()
 
 
+def _send(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    # From pageable memory a copy waits for everything that is queued on the device before it.
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def _index(array: np.ndarray, device: torch.device) -> Tensor:
     # A copy, since the array may be a view of a mapped file; int64 is what embedding and index_select take.
-    return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
+    return _send(array.astype(np.int64), device)
 
 
 def to_device(source: Row | RowLayout, device: torch.device) -> MicroBatch:
@@ -58,7 +64,7 @@ def to_device(source: Row | RowLayout, device: torch.device) -> MicroBatch:
     layout = source.layout if isinstance(source, Row) else source
     row = source if isinstance(source, Row) else None
     # int32 as the attention kernels read it.
-    end_T = torch.from_numpy(np.ascontiguousarray(layout.end_T, dtype=np.int32)).to(device, non_blocking=True)
+    end_T = _send(np.ascontiguousarray(layout.end_T, dtype=np.int32), device)
     return MicroBatch(
         context=RowContext(row=layout.index, bounds=DocumentBounds.from_end(end_T)),
         positions_T=_index(layout.positions_T, device),

@@ -12,7 +12,7 @@ data on gloo, so neither is used; losses are sums divided once by the global num
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_iml.config import Config
+from megatron_iml.config import Config, chunk_layers
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -24,6 +24,20 @@ def leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
     then leaves those weights out of the gradient norm.
     """
     return weight
+
+
+def pipeline_layout(config: Config) -> list[list[str]] | None:
+    """What each chunk holds, in order of depth, in megatron-core's words; None without a pipeline.
+
+    [["embedding", "decoder"], ["decoder", "decoder", "loss"]] for 3 layers as (1, 2). Said even where the
+    layers divide evenly: one way to number layers is enough.
+    """
+    if config.parallel.pipeline_model_parallel_size == 1:
+        return None
+    chunks = [["decoder"] * layers for layers in chunk_layers(config)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 def build_transformer_config(config: Config, device: torch.device) -> TransformerConfig:
@@ -53,6 +67,7 @@ def build_transformer_config(config: Config, device: torch.device) -> Transforme
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=pipeline_layout(config),
         sequence_parallel=parallel.sequence_parallel,
         # Selective recomputation is ours (`layer.py`): megatron-core's hooks sit in its own attention.
         recompute_granularity="full" if recompute == "full" else None,

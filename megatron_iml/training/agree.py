@@ -6,7 +6,7 @@ name the rank. So checks run on every rank, the messages are gathered, and all r
     loader = on_every_rank(lambda: open_loader(...))
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -41,3 +41,18 @@ def on_every_rank(action: Callable[[], Result]) -> Result:
             "\n".join(text if everywhere else f"rank {ranks[0]}: {text}" for text, ranks in failed.items())
         )
     return result  # type: ignore[return-value]
+
+
+def disagreement(values: Mapping[int, Hashable]) -> str | None:
+    """Who differs, in words, of ranks that should all have one value; None if they do.
+
+    {0: "a", 1: "a", 2: "b"}   ->   "ranks [2] differ from ranks [0, 1]"       the fewest are the odd ones
+    """
+    holders: dict[Hashable, list[int]] = {}
+    for rank, value in values.items():
+        holders.setdefault(value, []).append(rank)
+    if len(holders) == 1:
+        return None
+    # Of groups of one size, who comes later is called the odd one.
+    *odd, common = sorted(holders.values(), key=lambda ranks: (len(ranks), -ranks[0]))
+    return f"ranks {sorted(rank for ranks in odd for rank in ranks)} differ from ranks {common}"

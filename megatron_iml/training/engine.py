@@ -9,6 +9,7 @@ hidden].
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -24,6 +25,7 @@ from megatron_iml.model.row import MicroBatch
 from megatron_iml.parallel.groups import Layout
 
 from .optimizer import build_optimizer, wrap_model
+from .timing import ForwardTimer
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Engine:
     chunks: list[OPTModel]
     wrapped: list[DistributedDataParallel]
     optimizer: ChainedOptimizer
+    timer: ForwardTimer
 
     def run(
         self, batches: Sequence[Iterator[MicroBatch]], num_micro_batches: int, forward_only: bool
@@ -55,7 +58,7 @@ class Engine:
         # Asked each time: it depends on groups that tests rebuild in one process.
         schedule = get_forward_backward_func()
         return schedule(
-            forward_step_func=_forward_step,
+            forward_step_func=partial(_forward_step, self.timer),
             data_iterator=list(batches),
             model=list(self.wrapped),
             num_microbatches=num_micro_batches,
@@ -81,7 +84,7 @@ class Engine:
 
 
 def _forward_step(
-    batches: Iterator[MicroBatch], chunk: DistributedDataParallel
+    timer: ForwardTimer, batches: Iterator[MicroBatch], chunk: DistributedDataParallel
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """megatron-core's hook: run one micro-batch through one chunk.
 
@@ -91,7 +94,9 @@ def _forward_step(
     averaging averages.
     """
     # On every stage: middle ones need the bounds and dropout keys of the row.
-    output = chunk(next(batches))
+    batch = next(batches)
+    with timer.measure():
+        output = chunk(batch)
     losses = output if isinstance(output, TargetLosses) else None
 
     def report(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,4 +113,5 @@ def build_engine(config: Config, layout: Layout) -> Engine:
     `optimizer.reload`ed."""
     chunks = build_model(config, layout)
     wrapped = wrap_model(chunks, config)
-    return Engine(config, layout, chunks, wrapped, build_optimizer(wrapped, config))
+    timer = ForwardTimer(layout.device)
+    return Engine(config, layout, chunks, wrapped, build_optimizer(wrapped, config), timer)

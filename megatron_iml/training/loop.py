@@ -3,17 +3,18 @@
 What enters: a prepared `Run` (see prepare.py). What leaves: checkpoints and a trace in the output directory.
 """
 
+import statistics
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from megatron_iml.config import rows_per_step
+from megatron_iml.config import Config, place_of_rank, rows_per_step
 
 from .prepare import Run
 from .reporter import Reporter
+from .reports import RankReport
 from .rows import StepRows, step_rows
 from .schedule import learning_rate
 from .signals import StopRequest
@@ -51,13 +52,13 @@ def _train_steps(run: Run, reporter: Reporter) -> int:
         rate = learning_rate(state.step, steps, config.optimizer)
         due_rows = range(state.rows_consumed, state.rows_consumed + num_rows)
         rows = step_rows(run.train_loader, due_rows, config, layout)
-        result = train_step(engine, rows, rate)
+        result = train_step(engine, rows, rate, stop.received)
         # Skipped fp16 steps count too: their rows are consumed and the schedule goes on.
         state = replace(state, step=state.step + 1, rows_consumed=state.rows_consumed + num_rows)
         seconds = time.perf_counter() - began
         reporter.step(step_row(state.step, rate, rows, result, seconds, run))
-        # After the step, so that the checkpoint holds it; asked of all, so that nobody saves alone.
-        stopped = stop.agreed(layout.device)
+        # After the step, so that the checkpoint holds it.
+        stopped = result.stop
         is_last = state.step == steps
         # A signal leaves minutes: they are for the checkpoint, unless this is the last chance to validate.
         wants_validation = is_last or (_due(state.step, config.training.validation_interval) and not stopped)
@@ -98,6 +99,28 @@ def step_row(
         "loss_scale": result.loss_scale,
         "skipped": result.skipped,
     }
-    if torch.cuda.is_available():
-        row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return row
+    is_logged = step % run.config.training.log_interval == 0
+    return row | rank_metrics(result.reports, run.config, is_logged)
+
+
+def rank_metrics(reports: Sequence[RankReport], config: Config, is_logged: bool) -> dict[str, Any]:
+    """Who is slow and who is full; every rank's numbers, by rank, in steps that are logged.
+
+    `slowest_over_peers` compares the slowest rank with the median of its own stage: stages differ by design,
+    the ranks of one stage have equal work.
+    """
+    seconds = [report.forward_seconds for report in reports]
+    gib = [report.peak_memory_bytes / 2**30 for report in reports]
+    slowest = seconds.index(max(seconds))
+    stages = [place_of_rank(config, len(reports), rank).stage for rank in range(len(reports))]
+    peers = [time for time, stage in zip(seconds, stages, strict=True) if stage == stages[slowest]]
+    metrics: dict[str, Any] = {
+        "slowest_rank": slowest,
+        "slowest_forward_seconds": seconds[slowest],
+        "slowest_over_peers": seconds[slowest] / statistics.median(peers),
+        "peak_memory_rank": gib.index(max(gib)),
+        "peak_memory_gib": max(gib),
+    }
+    if is_logged:
+        metrics |= {"forward_seconds_by_rank": seconds, "peak_memory_gib_by_rank": gib}
+    return metrics

@@ -33,6 +33,8 @@ class StepRows:
     useful_flops: float
     documents_crc: int
     """Checksum of the documents of all ranks in order: two runs read the same data iff these agree."""
+    num_misread: int = 0
+    """Own rows with other targets or visible pairs than the plan states: the reader or the plan is wrong."""
 
     def digest(self) -> int:
         """A number that differs if a rank reads other rows, or another layout of a row."""
@@ -72,15 +74,26 @@ def step_rows(loader: Loader, rows: range, config: Config, layout: Layout) -> St
     # Middle stages need no token, so they touch no page of the corpus.
     read = loader.row if layout.is_first_stage or layout.is_last_stage else loader.layout
     documents = np.concatenate([row["document"] for row in entries])
+    own_rows = [(index, read(rows[index])) for index in own if index < len(rows)]
+    padding = [empty_row(plan.row_length)] * (len(own) - len(own_rows))
     return StepRows(
-        rows=[read(rows[index]) if index < len(rows) else empty_row(plan.row_length) for index in own],
+        rows=[*(row for _, row in own_rows), *padding],
         num_rows=len(rows),
         num_targets=int(targets_R.sum()),
         num_real=sum(real_R),
         num_documents=len(documents),
         useful_flops=sum(costs),
         documents_crc=zlib.crc32(documents.tobytes()),
+        num_misread=sum(
+            _targets_and_pairs(row) != (targets_R[index], pairs_R[index]) for index, row in own_rows
+        ),
     )
+
+
+def _targets_and_pairs(row: Row | RowLayout) -> tuple[int, int]:
+    layout = row.layout if isinstance(row, Row) else row
+    slots = len(layout.end_T)
+    return layout.num_targets, int(layout.end_T.sum(dtype=np.int64)) - slots * (slots - 1) // 2
 
 
 def empty_row(row_length: int) -> Row:

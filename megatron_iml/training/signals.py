@@ -7,15 +7,12 @@ kill -USR1 <pid>        # SLURM: --signal=USR1@180; the run saves, then exits wi
 import signal
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
 EXIT_REQUEUE = 75
 """sysexits.h EX_TEMPFAIL: nothing is wrong, start me again."""
 
 
 class StopRequest:
-    """Set by a signal on any rank, agreed on by all."""
+    """Whether a signal has reached this rank; ranks tell one another in the step's report (`reports.py`)."""
 
     def __init__(self) -> None:
         self.received = False
@@ -25,9 +22,3 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # Nothing more: a collective inside a handler would interrupt another one.
         self.received = True
-
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop: a collective, so that no rank saves alone."""
-        flag = torch.tensor([self.received], dtype=torch.int32, device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())

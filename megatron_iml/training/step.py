@@ -6,13 +6,13 @@ a mismatch stops the job.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .engine import Engine
+from .reports import RankReport, check_reports, exchange
 from .rows import StepRows
 
 
@@ -28,76 +28,70 @@ class StepResult:
     loss_scale: float
     skipped: bool
     """fp16 only: the gradient overflowed and no weight changed."""
+    stop: bool = False
+    """Whether any rank was asked to stop: known to all at once, so that no rank saves alone."""
+    reports: tuple[RankReport, ...] = field(default=(), compare=False, repr=False)
+    """By rank; left out of comparisons, since clocks differ."""
 
 
-def train_step(engine: Engine, rows: StepRows, learning_rate: float) -> StepResult:
+def train_step(
+    engine: Engine, rows: StepRows, learning_rate: float, stop_requested: bool = False
+) -> StepResult:
     """Forward, backward, reduce, clip, update."""
-    check_same_rows(engine, rows)
     engine.zero_gradients()
     losses = engine.run(rows.micro_batches(engine.layout), len(rows.rows), forward_only=False)
-    loss_sum, num_targets = sum_over_ranks(engine, losses)
-    # Before the update: weights that saw wrong targets are not worth saving.
-    check_targets(num_targets, rows)
+    # Before the update: weights that saw wrong rows are not worth saving.
+    reports = share(engine, losses, rows, stop_requested)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     updated, grad_norm, _ = engine.optimizer.step()
-    loss = loss_sum / max(num_targets, 1)
+    loss = mean_loss(reports)
     # fp16 skips a step that overflows and goes on with a lower scale; an update made of NaN is the end.
     if updated and not math.isfinite(loss + float(grad_norm)):
         raise FloatingPointError(
             f"loss {loss} with gradient norm {grad_norm}: the run has diverged; go on from an earlier "
             "checkpoint with a lower optimizer.learning_rate"
         )
+    # Elsewhere it is 1, but on the device: reading it would wait for the whole update.
+    scaled = engine.config.training.precision == "fp16"
     return StepResult(
         loss=loss,
-        num_targets=num_targets,
+        num_targets=rows.num_targets,
         grad_norm=float(grad_norm) if grad_norm is not None else float("nan"),
-        loss_scale=float(engine.optimizer.get_loss_scale()),
+        loss_scale=float(engine.optimizer.get_loss_scale()) if scaled else 1.0,
         skipped=not updated,
+        stop=any(report.stop for report in reports),
+        reports=reports,
     )
 
 
-def sum_over_ranks(engine: Engine, losses: list[Tensor]) -> tuple[float, int]:
-    """Add up loss sum and target count over the whole global batch.
-
-    Only one tensor rank of each last stage contributes, so that nothing counts twice.
-    """
+def share(
+    engine: Engine, losses: list[Tensor], rows: StepRows, stop_requested: bool = False
+) -> tuple[RankReport, ...]:
+    """Tell all ranks what this one did with its rows; checked, and the same on every rank."""
     layout = engine.layout
-    # fp64: a batch has up to 10^6 targets, and the count must come out exact.
-    totals = torch.zeros(2, dtype=torch.float64, device=layout.device)
-    if layout.is_last_stage and layout.tensor_rank == 0:
-        for losses_M in losses:
-            totals[0] += losses_M.double().sum()
-            totals[1] += losses_M.numel()
-    dist.all_reduce(totals)
-    loss_sum, num_targets = totals.tolist()
-    return loss_sum, int(num_targets)
+    # fp64: a batch has up to 10^6 targets. Summed on the device, read with everything else.
+    loss_sum = torch.zeros((), dtype=torch.float64, device=layout.device)
+    # One tensor rank of a last stage speaks for its row.
+    counted = losses if layout.is_last_stage and layout.tensor_rank == 0 else []
+    for losses_M in counted:
+        loss_sum += losses_M.double().sum()
+    on_gpu = layout.device.type == "cuda"
+    report = RankReport(
+        num_targets=sum(losses_M.numel() for losses_M in counted),
+        rows_digest=rows.digest(),
+        documents_crc=rows.documents_crc,
+        num_misread=rows.num_misread,
+        stop=stop_requested,
+        forward_seconds=engine.timer.take(),
+        peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
+    )
+    reports = exchange(report, loss_sum, layout)
+    check_reports(reports, rows, engine.config)
+    return reports
 
 
-def check_same_rows(engine: Engine, rows: StepRows) -> None:
-    """All ranks that share a row must read the same layout of it; a middle stage that does not would leak
-    silently."""
-    # All tensor and pipeline ranks of one replica; other replicas run other rows.
-    group = engine.layout.groups.mp
-    digest = torch.tensor([rows.digest()], dtype=torch.int64, device=engine.layout.device)
-    digests = [torch.empty_like(digest) for _ in range(group.size())]
-    dist.all_gather(digests, digest, group=group)
-    values = torch.cat(digests).tolist()
-    if len(set(values)) > 1:
-        common = max(set(values), key=values.count)
-        ranks = dist.get_process_group_ranks(group)
-        odd = [rank for rank, value in zip(ranks, values, strict=True) if value != common]
-        raise RuntimeError(
-            f"ranks {odd} read other rows of the plan than the rest of ranks {ranks}: check that "
-            "the plan's folder is the same on every node"
-        )
-
-
-def check_targets(num_targets: int, rows: StepRows) -> None:
-    """The plan's count and the model's count are one number."""
-    if num_targets != rows.num_targets:
-        raise RuntimeError(
-            f"the model saw {num_targets} targets in this step but the plan holds {rows.num_targets}: "
-            "plan and corpus do not belong together, or a rank ran other rows; build the plan again for "
-            "this corpus"
-        )
+def mean_loss(reports: tuple[RankReport, ...]) -> float:
+    """Loss per target over the whole global batch; 0 where there is no target at all."""
+    num_targets = sum(report.num_targets for report in reports)
+    return sum(report.loss_sum for report in reports) / max(num_targets, 1)

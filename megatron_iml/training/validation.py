@@ -11,7 +11,7 @@ from megatron_iml.data.loader import Loader
 
 from .engine import Engine
 from .rows import step_rows
-from .step import check_same_rows, check_targets, sum_over_ranks
+from .step import mean_loss, share
 
 
 def validation_losses(engine: Engine, loaders: Mapping[str, Loader]) -> dict[str, float]:
@@ -19,10 +19,6 @@ def validation_losses(engine: Engine, loaders: Mapping[str, Loader]) -> dict[str
     losses = {}
     for level, loader in loaders.items():
         rows = step_rows(loader, range(loader.plan.num_rows), engine.config, engine.layout)
-        # A middle stage with another plan would mix documents here as in training.
-        check_same_rows(engine, rows)
         per_row = engine.run(rows.micro_batches(engine.layout), len(rows.rows), forward_only=True)
-        loss_sum, num_targets = sum_over_ranks(engine, per_row)
-        check_targets(num_targets, rows)
-        losses[level] = loss_sum / max(num_targets, 1)
+        losses[level] = mean_loss(share(engine, per_row, rows))
     return losses

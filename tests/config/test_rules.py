@@ -8,8 +8,8 @@ from megatron_iml.config import (
     Config,
     check_config,
     check_layout,
+    chunk_layers,
     data_parallel_size,
-    layers_per_chunk,
     load_config,
     micro_batches_per_step,
     rows_per_step,
@@ -48,6 +48,7 @@ def refusal(world_size: int, *overrides: str) -> str:
 TP = "parallel.tensor_model_parallel_size="
 PP = "parallel.pipeline_model_parallel_size="
 VP = "parallel.virtual_pipeline_model_parallel_size="
+GROUPS_OF_3 = ("parallel.recompute_num_layers=3",)
 RECOMPUTE = ("parallel.recompute_granularity=full", "parallel.recompute_method=")
 
 
@@ -58,6 +59,8 @@ RECOMPUTE = ("parallel.recompute_granularity=full", "parallel.recompute_method="
         (16, ()),
         (8, (TP + "2", PP + "2", "parallel.sequence_parallel=true")),
         (4, (PP + "2", VP + "2")),
+        (3, (PP + "3", "training.global_batch_positions=768")),
+        (4, (PP + "2", VP + "2", "parallel.pipeline_layers=[1, 2, 3, 2]")),
         (2, (PP + "2", *RECOMPUTE[:1], RECOMPUTE[1] + "uniform", "parallel.recompute_num_layers=2")),
         (2, (PP + "2", *RECOMPUTE[:1], RECOMPUTE[1] + "block", "parallel.recompute_num_layers=3")),
         (2, ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")),
@@ -78,7 +81,7 @@ def test_derived_sizes() -> None:
     assert data_parallel_size(config, 64) == 8
     assert rows_per_step(config) == 16
     assert micro_batches_per_step(config, 64) == 2
-    assert layers_per_chunk(config) == 2
+    assert chunk_layers(config) == (2, 2, 2, 2)
 
 
 CASES = {
@@ -98,11 +101,11 @@ CASES = {
         "model.num_attention_heads: got 8; allowed: a multiple of parallel.tensor_model_parallel_size 16; "
         "change ",
     ),
-    "chunks_divide_layers": (
+    "pipeline_layers_fit": (
         2,
-        (PP + "2", VP + "3", "training.global_batch_positions=12288"),
-        "model.num_layers: got 8; allowed: a multiple of pipeline x virtual pipeline = 2 x 3 = 6; "
-        "change parallel.",
+        (PP + "2", "parallel.pipeline_layers=[4, 5]"),
+        "parallel.pipeline_layers: got [4, 5], 9 layers in 2 chunks; allowed: 8 layers in pipeline x virtual "
+        "pipeline = 2 chunks of 1 or more; change parallel.pipeline_layers, or leave it out",
     ),
     "interleaving_has_a_pipeline": (
         1,
@@ -207,6 +210,22 @@ def test_a_rule_says_what_got_allowed_and_remedy(name: str) -> None:
 def test_tensor_parallelism_divides_every_sharded_dimension(name: str, changes: tuple[str, ...]) -> None:
     message = refusal(4, TP + "4", *changes)
     assert message.startswith(f"model.{name}: got ") and "parallel.tensor_model_parallel_size 4" in message
+
+
+@pytest.mark.parametrize("layers", ["[8]", "[0, 8]", "[3, 3, 2]"])
+def test_given_layers_fill_every_chunk(layers: str) -> None:
+    message = refusal(2, PP + "2", f"parallel.pipeline_layers={layers}")
+    assert message.startswith(f"parallel.pipeline_layers: got {layers}")
+
+
+def test_every_chunk_needs_a_layer() -> None:
+    message = refusal(2, PP + "2", VP + "5", "training.global_batch_positions=2048")
+    assert message.startswith("model.num_layers: got 8; allowed: at least pipeline x virtual pipeline = 10")
+
+
+def test_uneven_chunks_are_recomputed_in_groups_that_fit_all() -> None:
+    message = refusal(2, PP + "2", "parallel.pipeline_layers=[2, 6]", RECOMPUTE[0], *GROUPS_OF_3)
+    assert "got 3 with recompute_method uniform; allowed: a divisor of 2 and 6" in message
 
 
 def test_block_recompute_reaches_at_most_the_chunk() -> None:

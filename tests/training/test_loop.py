@@ -10,7 +10,9 @@ import torch
 from helpers import tiny_config
 
 from megatron_iml.checkpoint.store import RunState
+from megatron_iml.config import ParallelConfig
 from megatron_iml.training import loop
+from megatron_iml.training.reports import RankReport
 
 STEPS = 4
 
@@ -22,16 +24,10 @@ def run_until(
     done: list[str] = []
     note: Callable[[str], None] = done.append
 
-    class Stop:
-        steps = first
-
-        def agreed(self, device: torch.device) -> bool:
-            Stop.steps += 1
-            return Stop.steps == signal_at
-
-    monkeypatch.setattr(loop, "StopRequest", Stop)
+    steps = iter(range(first + 1, STEPS + 1))
+    monkeypatch.setattr(loop, "StopRequest", lambda: SimpleNamespace(received=False))
     monkeypatch.setattr(loop, "step_rows", lambda *unused: None)
-    monkeypatch.setattr(loop, "train_step", lambda *unused: None)
+    monkeypatch.setattr(loop, "train_step", lambda *unused: SimpleNamespace(stop=next(steps) == signal_at))
     monkeypatch.setattr(loop, "step_row", lambda step, *unused: {"step": step})
     monkeypatch.setattr(loop, "validation_losses", lambda *unused: note("validate") or {})
     config = tiny_config()
@@ -73,3 +69,19 @@ def test_a_signal_in_the_last_step_is_no_early_end(tmp_path, monkeypatch) -> Non
 def test_a_finished_run_has_nothing_to_do(tmp_path, monkeypatch) -> None:
     finished, done = run_until(0, tmp_path, monkeypatch, first=STEPS)
     assert finished and done == ["wait"]
+
+
+def test_the_slowest_rank_is_compared_with_its_own_stage() -> None:
+    """World 4, two stages of two ranks: the second stage is slower by design, rank 3 by accident."""
+    config = tiny_config(parallel=ParallelConfig(pipeline_model_parallel_size=2))
+    reports = [
+        RankReport(forward_seconds=seconds, peak_memory_bytes=gib * 2**30)
+        for seconds, gib in ((1.0, 9.0), (1.0, 8.0), (2.0, 5.0), (4.0, 5.0))
+    ]
+    metrics = loop.rank_metrics(reports, config, is_logged=True)
+    assert (metrics["slowest_rank"], metrics["slowest_forward_seconds"]) == (3, 4.0)
+    assert metrics["slowest_over_peers"] == pytest.approx(4.0 / 3.0)
+    assert (metrics["peak_memory_rank"], metrics["peak_memory_gib"]) == (0, 9.0)
+    assert metrics["forward_seconds_by_rank"] == [1.0, 1.0, 2.0, 4.0]
+    assert metrics["peak_memory_gib_by_rank"] == [9.0, 8.0, 5.0, 5.0]
+    assert "forward_seconds_by_rank" not in loop.rank_metrics(reports, config, is_logged=False)

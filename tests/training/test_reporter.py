@@ -18,6 +18,8 @@ ROW = {
     "target_tokens_per_second": 1234.5,
     "fill": 0.987,
     "useful_tflops_per_gpu": 123.456,
+    "slowest_rank": 5,
+    "slowest_over_peers": 1.04,
     "loss_scale": 1.0,
     "skipped": False,
 }
@@ -38,6 +40,9 @@ def test_console_line() -> None:
     )
     skipped = step_line({**ROW, "loss_scale": 64.0, "skipped": True}, steps=10)
     assert skipped.endswith("| 500 ms | loss scale 64 | SKIPPED: gradient overflow")
+    assert step_line({**ROW, "slowest_over_peers": 1.25}, steps=10).endswith(
+        "| 500 ms | rank 5 is 25% slower"
+    )
 
 
 def test_steps_and_validation_are_written_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

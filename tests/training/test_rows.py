@@ -84,6 +84,14 @@ def test_only_first_and_last_stage_read_tokens(loader: MemoryLoader) -> None:
     assert kinds == [{Row}, {RowLayout}, {Row}]
 
 
+def test_rows_that_are_not_the_plans_are_counted(loader: MemoryLoader) -> None:
+    """A reader that is one row off still reads whole rows; their targets and pairs give it away."""
+    assert step_rows(loader, range(0, 4), CONFIG, layout()).num_misread == 0
+    shifted = MemoryLoader(loader.pieces, row_length=16)
+    shifted.row = lambda row: loader.row((row + 1) % 5)  # type: ignore[method-assign]
+    assert step_rows(shifted, range(0, 4), CONFIG, layout()).num_misread == 4
+
+
 def test_digests_tell_rows_and_layouts_apart(loader: MemoryLoader) -> None:
     rows = step_rows(loader, range(0, 2), CONFIG, layout())
     middle = step_rows(loader, range(0, 2), CONFIG, layout(0, 1, 1, 3))

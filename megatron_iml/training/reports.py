@@ -1,0 +1,77 @@
+"""What ranks tell one another once a step: one all_gather of eight numbers a rank, read once.
+
+    reports = exchange(report, loss_sum, layout)     # the same tuple of RankReport on every rank
+    sum(report.loss_sum for report in reports)       # in the order of ranks: the same bits everywhere
+
+Everything that needs all ranks in a step travels here, so that the host waits for the device once: the loss,
+the target count, digests of the rows that were read, a wish to stop, and how fast and full each rank is.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_iml.config import Config, place_of_rank
+from megatron_iml.parallel.groups import Layout
+
+from .agree import disagreement
+from .rows import StepRows
+
+
+class RankReport(NamedTuple):
+    """One rank's part of a step; all fp64, which holds every integer here exactly."""
+
+    loss_sum: float = 0.0
+    """Sum of its targets' losses; only one tensor rank of a last stage has any, so nothing counts twice."""
+    num_targets: float = 0.0
+    rows_digest: float = 0.0
+    """Of the rows it ran: equal on all ranks of one replica."""
+    documents_crc: float = 0.0
+    """Of the plan's documents in this step: equal on all ranks."""
+    num_misread: float = 0.0
+    """Rows whose targets or visible pairs are not those that the plan states."""
+    stop: float = 0.0
+    """1 if a signal asked this rank to stop."""
+    forward_seconds: float = 0.0
+    """Its own forward passes, waiting for no other stage or replica (`timing.py`)."""
+    peak_memory_bytes: float = 0.0
+
+
+def exchange(report: RankReport, loss_sum: Tensor, layout: Layout) -> tuple[RankReport, ...]:
+    """Every rank's report, by rank. `loss_sum`, a scalar on the device, stands in for the report's own."""
+    numbers = torch.tensor(report, dtype=torch.float64).to(layout.device, non_blocking=True)
+    numbers[RankReport._fields.index("loss_sum")] = loss_sum
+    gathered = numbers.new_empty(layout.world_size * len(report))
+    dist.all_gather_into_tensor(gathered, numbers)
+    return tuple(RankReport(*row) for row in gathered.view(layout.world_size, -1).tolist())
+
+
+def check_reports(reports: Sequence[RankReport], rows: StepRows, config: Config) -> None:
+    """Raise RuntimeError, naming the ranks, unless all ranks ran the rows that the plan says.
+
+    A middle stage that reads other bounds would mix documents silently; a replica that reads other rows would
+    train on something else than the others believe.
+    """
+    remedy = "check that the plan's folder is the same on every node"
+    plans = disagreement({rank: report.documents_crc for rank, report in enumerate(reports)})
+    if plans:
+        raise RuntimeError(f"{plans}: they take other documents from the plan; {remedy}")
+    misread = [rank for rank, report in enumerate(reports) if report.num_misread]
+    if misread:
+        raise RuntimeError(f"ranks {misread} read rows whose targets or bounds are not the plan's; {remedy}")
+    replicas: dict[int, dict[int, float]] = {}
+    for rank, report in enumerate(reports):
+        replicas.setdefault(place_of_rank(config, len(reports), rank).data, {})[rank] = report.rows_digest
+    for digests in replicas.values():
+        odd = disagreement(digests)
+        if odd:
+            raise RuntimeError(f"{odd}: they read other rows of the plan; {remedy}")
+    num_targets = int(sum(report.num_targets for report in reports))
+    if num_targets != rows.num_targets:
+        raise RuntimeError(
+            f"the model saw {num_targets} targets in this step but the plan holds {rows.num_targets}: "
+            "plan and corpus do not belong together; build the plan again for this corpus"
+        )
