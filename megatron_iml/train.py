@@ -36,7 +36,10 @@ def run(config: Config) -> int:
     from megatron_iml.training.prepare import prepare
     from megatron_iml.training.signals import EXIT_REQUEUE
 
-    layout = start_distributed(config)
+    try:
+        layout = start_distributed(config)
+    except ValueError as mistake:
+        return _refuse(mistake)
     try:
         prepared = prepare(config, layout)
     except AgreedMistake as mistake:

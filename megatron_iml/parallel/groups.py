@@ -8,7 +8,7 @@ which is passed to whoever needs it; nobody asks a global.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -90,7 +90,33 @@ def start_distributed(config: Config) -> Layout:
             # Connects at once: a broken fabric shows here, not in the first step.
             device_id=device if on_gpu else None,
         )
+    check_same_config(config)
     return place_in_grid(config, device)
+
+
+def check_same_config(config: Config) -> None:
+    """Raise ValueError on every rank unless all were started with one configuration.
+
+    Ranks with another seed would draw other dropout masks, and with other sizes wait for groups that nobody
+    else builds.
+    """
+    mine = {
+        f"{section}.{name}": value
+        for section, fields in asdict(config).items()
+        for name, value in fields.items()
+    }
+    everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for key in mine:
+        values = [str(theirs[key]) for theirs in everyone]
+        if len(set(values)) == 1:
+            continue
+        common = max(values, key=values.count)
+        odd = [rank for rank, value in enumerate(values) if value != common]
+        raise ValueError(
+            f"{key}: got {values[odd[0]]} on ranks {odd} and {common} on the others; allowed: one value "
+            "everywhere; start every rank with the same file and overrides"
+        )
 
 
 def place_in_grid(config: Config, device: torch.device) -> Layout:

@@ -1,16 +1,21 @@
-"""Proof at start-up, on the layout that will train, that no document sees another.
+"""Proof at start-up, on the layout that will train, that it computes what the configuration says.
 
-One row holds plain documents, a trunk with two branches, and padding. It runs forward and backward; then one
-document's tokens change and it runs again. Every loss of a document that does not descend from the changed
-one, and every gradient with respect to its embeddings, must be the same bits as before; the changed
-document's own losses must differ, or the test proves nothing. Dropout stays on: masks do not depend on
-tokens.
+Weights first: every one exists, and its copies are the same bits (`copies.py`). Then isolation: one row holds
+plain documents, a trunk with two branches, and padding. It runs forward and backward; then one document's
+tokens change and it runs again. Every loss of a document that does not descend from the changed one, and
+every gradient with respect to its embeddings, must be the same bits as before; the changed document's own
+losses must differ, or the test proves nothing. What every layer's attention gives and gets is compared too,
+which names the rank that mixes documents. Dropout stays on: masks do not depend on tokens.
 
     documents 0 1 2 | trunk 3 with branches 4, 5 | padding      change 1: only 1 may differ
                                                                 change 3 in its shared prefix: 3, 4 and 5 may
                                                                 differ
+
+Last, from the same runs: positions count from the start of every document, and every weight of every rank
+gets a gradient, or some stage left a layer out.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,44 +24,77 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_iml.config import POSITION_OFFSET
 from megatron_iml.data.loader import Piece, Row, assemble_row
-from megatron_iml.model.row import to_device
+from megatron_iml.model.parameters import named_global_parameters
 
+from .copies import check_copies
 from .engine import Engine
+from .trace import Trace, run_traced
 
 TRUNK = 3
 BRANCHES = (4, 5)
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What one run of the row left on this rank: losses on the last stage, embedding gradients on the
-    first."""
+class Findings:
+    """What one rank found."""
 
-    losses_M: Tensor | None
-    gradients_TF: Tensor | None
+    problems: list[str]
+    first_leak: int | None = None
+    """The lowest layer whose attention let a document see another. Layers above only pass it on."""
+    last_gradient_leak: int | None = None
+    """The highest layer whose attention let a gradient across; the backward runs downwards."""
 
 
 def run_self_test(engine: Engine) -> None:
-    """Raise RuntimeError, naming the ranks, if a document reaches another on this layout."""
+    """Raise RuntimeError, naming the ranks, if this layout does not compute what it should."""
+    check_copies(engine)
     model = engine.config.model
     pieces = sample_documents(engine.config.data.row_length, model.vocab_size, model.max_position_embeddings)
-    before = _trace(engine, _row(engine, pieces))
-    problems = []
+    before = run_traced(engine, _row(engine, pieces))
+    problems = [*_wrong_positions(before, pieces), *_weights_without_gradient(engine)]
+    leaks: list[int] = []
+    gradient_leaks: list[int] = []
     for changed, may_differ in ((1, {1}), (TRUNK, {TRUNK, *BRANCHES}), (BRANCHES[0], {BRANCHES[0]})):
-        after = _trace(engine, _row(engine, _change(pieces, changed, model.vocab_size)))
+        after = run_traced(engine, _row(engine, _change(pieces, changed, model.vocab_size)))
         problems += _compare(engine, pieces, before, after, changed, may_differ)
+        owners_T = _slot_owners(pieces, engine.config.data.row_length)
+        leaks += _leaky_layers(before.attention_T, after.attention_T, owners_T, may_differ)
+        gradient_leaks += _leaky_layers(
+            before.attention_gradients_T,
+            after.attention_gradients_T,
+            owners_T,
+            _with_trunks(pieces, may_differ),
+        )
     # What the test left in the buffers would be added to the first step.
     engine.zero_gradients()
-    # Gathered, because a leak shows on one stage only and all must stop.
-    everyone: list[list[str]] = [[] for _ in range(engine.layout.world_size)]
-    dist.all_gather_object(everyone, problems)
-    if any(everyone):
+    # Gathered, because a fault shows on some stages only and all must stop.
+    everyone: list[Findings] = [Findings([])] * engine.layout.world_size
+    findings = Findings(problems, min(leaks, default=None), max(gradient_leaks, default=None))
+    dist.all_gather_object(everyone, findings)
+    lines = _verdict(everyone)
+    if lines:
         raise RuntimeError(
-            "self-test: documents are not isolated on this layout\n"
-            + "\n".join(f"  rank {rank}: {text}" for rank, texts in enumerate(everyone) for text in texts)
-            + "\ntraining would mix documents; do not go on with this attention backend and layout"
+            "self-test: this layout does not compute what it should\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + "\ndo not train with this attention backend and layout: documents would mix, or layers rest"
         )
+
+
+def _verdict(everyone: list[Findings]) -> list[str]:
+    """One line per problem, each with its rank; of leaks, the ranks where they begin."""
+    lines = []
+    first = min((f.first_leak for f in everyone if f.first_leak is not None), default=None)
+    if first is not None:
+        ranks = [rank for rank, findings in enumerate(everyone) if findings.first_leak == first]
+        lines.append(f"ranks {ranks}: the attention of layer {first} lets documents see one another")
+    last = max((f.last_gradient_leak for f in everyone if f.last_gradient_leak is not None), default=None)
+    # Where hidden states differ, all gradients do: then they tell nothing.
+    if last is not None and first is None:
+        ranks = [rank for rank, findings in enumerate(everyone) if findings.last_gradient_leak == last]
+        lines.append(f"ranks {ranks}: the backward of layer {last}'s attention mixes documents")
+    return lines + [f"rank {rank}: {text}" for rank, f in enumerate(everyone) for text in f.problems]
 
 
 def sample_documents(row_length: int, vocab_size: int, max_positions: int) -> list[Piece]:
@@ -94,27 +132,40 @@ def _row(engine: Engine, pieces: list[Piece]) -> Row:
     return assemble_row(pieces, engine.config.data.row_length, index=0)
 
 
-def _trace(engine: Engine, row: Row) -> Trace:
-    """Run the row through the real schedule, once per pipeline stage so that interleaving has its
-    micro-batches."""
-    layout = engine.layout
-    gradients: list[Tensor] = []
+def _leaky_layers(
+    before_T: dict[int, Tensor], after_T: dict[int, Tensor], owners_T: NDArray[np.int64], may_differ: set[int]
+) -> list[int]:
+    """Layers in which a slot changed that belongs to no document that may."""
+    return [
+        layer
+        for layer, digests_T in before_T.items()
+        if set(owners_T[(digests_T != after_T[layer]).cpu().numpy()].tolist()) - may_differ
+    ]
 
-    def keep_gradient(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        # A clone: the gradient's memory may be reused once the backward is through.
-        output.register_hook(lambda gradient: gradients.append(gradient.clone()))
 
-    hooks = [engine.chunks[0].embedding.register_forward_hook(keep_gradient)] if layout.is_first_stage else []
-    engine.zero_gradients()
-    batches = [[to_device(row, layout.device)] * layout.pipeline_size for _ in range(layout.virtual_size)]
-    losses = engine.run([iter(chunk) for chunk in batches], layout.pipeline_size, forward_only=False)
-    # Left in place it would keep every later gradient alive.
-    for hook in hooks:
-        hook.remove()
-    return Trace(
-        losses_M=losses[0] if layout.is_last_stage else None,
-        gradients_TF=gradients[0][:, 0] if layout.is_first_stage else None,
-    )
+def _wrong_positions(trace: Trace, pieces: list[Piece]) -> Iterator[str]:
+    """Positions count from the start of a document, a branch's from the end of the prefix it shares."""
+    if trace.rows_T is None:
+        return
+    read_T = trace.rows_T.cpu().numpy() - POSITION_OFFSET
+    first = 0
+    for index, piece in enumerate(pieces):
+        expected = np.arange(piece.shared, len(piece.tokens) - 1)
+        found = read_T[first : first + len(expected)]
+        if not np.array_equal(found, expected):
+            yield (
+                f"document {index} is at positions {found[0]} to {found[-1]}, its slots count from "
+                f"{expected[0]} to {expected[-1]}"
+            )
+        first += len(expected)
+
+
+def _weights_without_gradient(engine: Engine) -> list[str]:
+    """Weights that a backward left untouched: their layer never ran, or its result was thrown away."""
+    named = list(named_global_parameters(engine.chunks))
+    reached = torch.stack([(parameter.main_grad != 0).any() for _, parameter in named]).tolist()
+    rest = [name for (name, _), is_reached in zip(named, reached, strict=True) if not is_reached]
+    return [f"no gradient reached {rest[0]} and {len(rest) - 1} more weights"] if rest else []
 
 
 def _compare(

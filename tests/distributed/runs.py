@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from megatron_iml.config import Config, DataConfig, OptimizerConfig, ParallelConfig
 from megatron_iml.data.loader import Piece, Row, assemble_row
+from megatron_iml.model import build
 from megatron_iml.model.initialise import initialise
 from megatron_iml.model.parameters import named_global_parameters, tensor_parallel_dim
+from megatron_iml.model.transformer_config import build_transformer_config
 from megatron_iml.parallel.groups import Layout, start_distributed, stop_distributed
 from megatron_iml.parallel.rows import deal_rows
 from megatron_iml.training import optimizer
@@ -144,6 +147,20 @@ def train(config: Config, steps: int) -> Outcome:
     """A job for the pool: so many steps from random weights, after the self-test."""
     engine = fresh_engine(config)
     run_self_test(engine)
+    return outcome(engine, take_steps(engine, range(steps)))
+
+
+def train_unlike(config: Config, steps: int, engine_fields: dict[str, Any]) -> Outcome:
+    """The same without the self-test, with fields of megatron-core's configuration set otherwise."""
+
+    def otherwise(config: Config, device: torch.device) -> Any:
+        built = build_transformer_config(config, device)
+        # Past its own checks, which say nothing of the traps that this is for.
+        vars(built).update(engine_fields)
+        return built
+
+    with mock.patch.object(build, "build_transformer_config", otherwise):
+        engine = fresh_engine(config)
     return outcome(engine, take_steps(engine, range(steps)))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_iml.data.loader import assemble_row
 from megatron_iml.kernels.document_attention import DocumentBounds, document_attention_reference
-from megatron_iml.model import build, layer
+from megatron_iml.model import build, layer, opt
 from megatron_iml.model.ops import REFERENCE
 from megatron_iml.training.self_test import BRANCHES, TRUNK, run_self_test, sample_documents
 
@@ -81,8 +81,69 @@ def test_broken_attention_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) 
     with runs.alone(runs.run_config()) as engine, pytest.raises(RuntimeError) as caught:
         run_self_test(engine)
     message = str(caught.value)
-    assert message.startswith("self-test: documents are not isolated on this layout\n  rank 0: ")
+    assert message.startswith("self-test: this layout does not compute what it should\n  ranks [0]: the ")
     assert re.search(r"(losses|embedding gradients) of documents \[.*\] changed with document \d", message)
+
+
+def test_the_layer_that_leaks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers above it only pass the leak on."""
+    attend_with(BROKEN["no bounds at all"], monkeypatch)
+    with runs.alone(runs.run_config()) as engine:
+        for sound in (0, 1, 3):
+            engine.chunks[0].decoder.layers[sound].self_attention.ops = REFERENCE
+        with pytest.raises(RuntimeError) as caught:
+            run_self_test(engine)
+    assert "\n  ranks [0]: the attention of layer 2 lets documents see one another\n" in str(caught.value)
+
+
+def test_the_layer_whose_backward_leaks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend_with(BROKEN["leaks in the backward"], monkeypatch)
+    with runs.alone(runs.run_config()) as engine:
+        for sound in (0, 2, 3):
+            engine.chunks[0].decoder.layers[sound].self_attention.ops = REFERENCE
+        with pytest.raises(RuntimeError) as caught:
+            run_self_test(engine)
+    assert "\n  ranks [0]: the backward of layer 1's attention mixes documents\n" in str(caught.value)
+
+
+def embed_at(change: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embed at other positions than the row says."""
+    forward = opt.OPTEmbedding.forward
+
+    def elsewhere(self: opt.OPTEmbedding, tokens: Tensor, positions: Tensor, keys: Tensor | None) -> Tensor:
+        return forward(self, tokens, change(positions), keys)
+
+    monkeypatch.setattr(opt.OPTEmbedding, "forward", elsewhere)
+
+
+def test_positions_that_do_not_restart_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    embed_at(lambda positions: torch.arange(len(positions)), monkeypatch)
+    with runs.alone(runs.run_config()) as engine, pytest.raises(RuntimeError) as caught:
+        run_self_test(engine)
+    # Units of 4 slots: document 0 takes the first 3, document 1 has 9 tokens and so 8 slots.
+    assert "  rank 0: document 1 is at positions 3 to 10, its slots count from 0 to 7" in str(caught.value)
+    # A branch counts on from the prefix that it shares.
+    assert "document 4 is at positions 24 to 27, its slots count from 4 to 6" not in str(caught.value)
+    assert "document 0" not in str(caught.value).partition("rank 0:")[2]
+
+
+def test_positions_one_off_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    embed_at(lambda positions: positions - 1, monkeypatch)
+    with runs.alone(runs.run_config()) as engine, pytest.raises(RuntimeError) as caught:
+        run_self_test(engine)
+    assert "rank 0: document 0 is at positions -1 to 1, its slots count from 0 to 2" in str(caught.value)
+
+
+def test_a_layer_that_is_left_out_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    with runs.alone(runs.run_config()) as engine:
+        skipped = engine.chunks[0].decoder.layers[2]
+        monkeypatch.setattr(skipped, "forward", lambda hidden_states, **unused: (hidden_states, None))
+        with pytest.raises(RuntimeError) as caught:
+            run_self_test(engine)
+    # Twelve weights a layer.
+    assert "  rank 0: no gradient reached decoder.layers.2.input_layernorm.weight and 11 more weights" in str(
+        caught.value
+    )
 
 
 def test_a_layer_that_mixes_tokens_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
