@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from megatron_iml.command import config_parser, refuse
 from megatron_iml.config import Config, check_config, load_config
+from megatron_iml.config.explain import explain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,13 +19,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Anything else is an exception with its traceback, on the rank that met it.
     """
-    parsed = config_parser(__doc__, "python -m megatron_iml.train").parse_args(arguments)
+    parser = config_parser(__doc__, "python -m megatron_iml.train")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--explain", action="store_true", help="print the layout and train nothing")
+    instead.add_argument("--dry-run", action="store_true", help="build it without memory and check it")
+    parser.add_argument("--world-size", type=int, help="for the two above; else WORLD_SIZE or 1")
+    parsed = parser.parse_args(arguments)
+    if parsed.world_size is not None and not (parsed.explain or parsed.dry_run):
+        parser.error("--world-size goes with --explain or --dry-run; a launcher says how many ranks train")
+    world_size = parsed.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     try:
         config = load_config(parsed.config, parsed.overrides)
-        check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+        check_config(config, world_size)
     except (ValueError, FileNotFoundError) as error:
         return refuse(error)
-    return run(config)
+    if parsed.explain:
+        print(explain(config, world_size))
+        return 0
+    return dry_run(config, world_size) if parsed.dry_run else run(config)
+
+
+def dry_run(config: Config, world_size: int) -> int:
+    """Build representative ranks without memory; 0 if everything adds up, 2 if the data does not fit."""
+    # Before torch is there: the GPUs of the machine, if it has any, have no part in this.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from megatron_iml.training.dry_run import (
+        account_of,
+        check_accounts,
+        first_row_targets,
+        representative_ranks,
+    )
+
+    try:
+        num_targets, origin = first_row_targets(config)
+    except (ValueError, FileNotFoundError) as error:
+        return refuse(error)
+    ranks = representative_ranks(config, world_size)
+    accounts = [account_of(config, rank, world_size, num_targets) for rank in ranks]
+    for line in check_accounts(config, world_size, accounts):
+        print(line)
+    print(f"targets of the first row: {num_targets}, {origin}")
+    return 0
 
 
 def run(config: Config) -> int:
@@ -39,7 +74,7 @@ def run(config: Config) -> int:
     try:
         layout = start_distributed(config)
     except ValueError as mistake:
-        return _refuse(mistake)
+        return refuse(mistake)
     try:
         prepared = prepare(config, layout)
     except AgreedMistake as mistake:

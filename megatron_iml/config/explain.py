@@ -13,7 +13,7 @@ from megatron_iml.config.layout import (
     num_chunks,
     rows_per_step,
 )
-from megatron_iml.config.memory import StageMemory, stage_layers, stage_memory, stage_parameters
+from megatron_iml.config.memory import stage_layers, stage_memory, stage_parameters
 from megatron_iml.config.schema import Config
 from megatron_iml.config.sizes import parameter_count
 
@@ -63,36 +63,32 @@ def _stages(config: Config, world_size: int) -> Iterator[str]:
     per_stage = world_size // stages
     groups: list[list[int]] = []
     for stage in range(stages):
-        alike = groups and 0 < groups[-1][0] and stage < stages - 1
-        if alike and _content(config, world_size, stage) == _content(config, world_size, groups[-1][0]):
+        alike = groups and groups[-1][0] > 0 and stage < stages - 1
+        if alike and _lengths(config, stage) == _lengths(config, groups[-1][0]):
             groups[-1].append(stage)
         else:
             groups.append([stage])
     yield "memory of one rank in GiB (activations: estimate)"
     yield (
-        f"{'stage':>7} {'ranks':>11} {'layers':>15}  {'holds':<10} {'parameters':>14} {'weights':>8} "
+        f"{'stage':>7} {'ranks':>11} {'layers':>15}  {'holds':<14} {'parameters':>14} {'weights':>8} "
         f"{'gradients':>9} {'optimizer':>9} {'activations':>11} {'sum':>7}"
     )
     for group in groups:
         first, last = group[0], group[-1]
-        memory = _largest([stage_memory(config, world_size, stage) for stage in group])
+        # Alike but for activations: the earlier a stage, the more rows it holds at once.
+        memory = stage_memory(config, world_size, first)
         ranks = f"{first * per_stage}-{(last + 1) * per_stage - 1}"
         sizes = [size / GIB for size in memory]
         yield (
             f"{_span(first, last):>7} {ranks if per_stage * len(group) > 1 else first:>11} "
-            f"{_layers(config, group):>15}  {_holds(config, first):<10} "
+            f"{_layers(config, group):>15}  {_holds(config, first):<14} "
             f"{stage_parameters(config, first):>14,} {sizes[0]:>8.1f} {sizes[1]:>9.1f} {sizes[2]:>9.1f} "
             f"{sizes[3]:>11.1f} {sum(sizes):>7.1f}"
         )
 
 
-def _content(config: Config, world_size: int, stage: int) -> list[int]:
+def _lengths(config: Config, stage: int) -> list[int]:
     return [len(part) for part in stage_layers(config, stage)]
-
-
-def _largest(memories: list[StageMemory]) -> StageMemory:
-    # Alike but for activations: earlier stages hold more rows.
-    return max(memories, key=sum)
 
 
 def _span(first: int, last: int) -> str:
@@ -101,7 +97,7 @@ def _span(first: int, last: int) -> str:
 
 def _layers(config: Config, group: list[int]) -> str:
     if len(group) > 1:
-        return " + ".join(str(len(part)) for part in stage_layers(config, group[0])) + " each"
+        return " + ".join(map(str, _lengths(config, group[0]))) + " each"
     return ", ".join(_span(part[0], part[-1]) for part in stage_layers(config, group[0]))
 
 
@@ -143,13 +139,14 @@ def _sent(config: Config, world_size: int) -> Iterator[str]:
     if tp > 1:
         how = "reduce-scatter and all-gather" if parallel.sequence_parallel else "all-reduce"
         yield (
-            f"  every layer and row: 4 sums over tensor ranks ({how}) of {_size(hidden)}, 2 forward and 2 backward"
+            f"  every layer and row: 4 sums over tensor ranks ({how}) of {_size(hidden)}, 2 forward and 2 "
+            "backward"
         )
     if pp > 1:
         message = hidden / (tp if parallel.sequence_parallel else 1)
         yield (
             f"  every row: hidden states of {_size(message)} to the next stage and as much gradient back, "
-            f"{num_chunks(config) - 1} times on its way"
+            f"over {num_chunks(config) - 1} borders between chunks"
         )
     largest = max(stage_parameters(config, stage) for stage in range(pp))
     if dp > 1:
@@ -167,4 +164,6 @@ def _sent(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _size(number_of_bytes: float) -> str:
-    return f"{number_of_bytes / GIB:.2f} GiB" if number_of_bytes >= GIB / 10 else f"{number_of_bytes / 2**20:.3g} MiB"
+    if number_of_bytes >= GIB / 10:
+        return f"{number_of_bytes / GIB:.2f} GiB"
+    return f"{number_of_bytes / 2**20:.3g} MiB"

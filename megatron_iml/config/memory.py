@@ -1,13 +1,13 @@
 """What one rank of each pipeline stage holds, in parameters and bytes, from the configuration alone.
 
-OPT-175B in bf16 on tensor 8 x pipeline 16 x data 8, no recomputation, rows of 2,048, 32 micro-batches:
+OPT-175B in bf16 on tensor 8 x pipeline 16 x data 8, sequence parallel, rows of 2,048, 16 micro-batches:
 
-    stage_parameters(config, 0)        1,461,869,568      of them 617,693,184 / 8 + 25,190,400 embed
-    stage_memory(config, 1024, 0)      weights 2.7 GiB, gradients 5.4, optimizer 2.0, activations 12.0
+    stage_parameters(config, 0)        1,461,869,568
+    stage_memory(config, 1024, 0)      weights 2.7 GiB, gradients 5.4, optimizer 2.0, activations 6.8
 
 Weights and optimizer state are exact but for the padding of buckets; activations count what our layers keep
 for the backward (`activation_bytes`), not what an allocator loses. Measured against it: OPT-1.3B on one H100,
-rows of 16,384: 40.1 GiB by this page, 40.7 GiB in benchmarks/results/train_step.jsonl.
+rows of 16,384: 40.4 GiB by this page, 40.7 GiB in benchmarks/results/train_step.jsonl.
 """
 
 from typing import NamedTuple

@@ -58,8 +58,22 @@ TRITON = Ops(
 )
 
 
+SHAPES = Ops(
+    document_attention=lambda qkv_TN3D, bounds, **unused: qkv_TN3D[:, :, 0],
+    layer_norm=lambda hidden_T1F, weight_F, bias_F, eps: hidden_T1F,
+    add_layer_norm=lambda update_T1F, bias_F, residual_T1F, *unused: (update_T1F, residual_T1F),
+    bias_dropout_add=lambda update_T1F, bias_F, residual_T1F, *unused: update_T1F,
+    bias_relu=lambda hidden_T1F, bias_F: hidden_T1F,
+    target_loss=lambda hidden_TF, weight_VF, rows_M, ids_M, **unused: (
+        hidden_TF.sum(dtype=torch.float32),
+        torch.empty(rows_M.shape, dtype=torch.float32, device=rows_M.device),
+    ),
+)
+"""Right shapes and no arithmetic: for tensors that have no values (`training/dry_run.py`)."""
+
+
 def choose_ops(backend: str, device: torch.device) -> Ops:
-    """The operations of a backend.
+    """The operations of a backend; on meta tensors only their shapes.
 
     Raises:
         ValueError: if the backend cannot run on the device.
@@ -69,6 +83,8 @@ def choose_ops(backend: str, device: torch.device) -> Ops:
             f"model.kernel_backend: got triton on {device.type}; allowed there: reference; set "
             "model.kernel_backend=reference, or run on a GPU"
         )
+    if device.type == "meta":
+        return SHAPES
     # A table, not a default: another name has been refused by the config.
     return {"reference": REFERENCE, "triton": TRITON}[backend]
 

@@ -104,7 +104,9 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) 
         use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    chained = get_megatron_optimizer(engine_config, list(wrapped))
+    chained = get_megatron_optimizer(
+        engine_config, list(wrapped), use_gloo_process_groups=torch.distributed.get_backend() != "fake"
+    )
     assert isinstance(chained, ChainedOptimizer), (
         f"megatron-core built a {type(chained).__name__}, not a chain"
     )

@@ -20,6 +20,8 @@ from pool import Pool
 from megatron_iml.config import ParallelConfig
 
 STEPS = 10
+SHORT = 4
+"""Steps of the layouts that are slowest on gloo, where only the default tests run them."""
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -40,6 +42,8 @@ LAYOUTS = {
     "tp4-sp-selective": (4, layout(tensor=4, **SEQUENCE, **SELECTIVE)),
 }
 
+SHORT_LAYOUTS = {"tp2-sp-dp2-overlap-full", "tp2-pp2-uneven-selective", "tp4-sp-selective"}
+
 
 def grid() -> Iterator[tuple[str, int, ParallelConfig]]:
     """TP{1,2,4} x PP{1,2} x DP{1,2} x SP x interleaving x recomputation, as far as eight ranks reach."""
@@ -55,6 +59,7 @@ def grid() -> Iterator[tuple[str, int, ParallelConfig]]:
 
 
 SLOW_LAYOUTS = {name: (ranks, parallel) for name, ranks, parallel in grid()} | {
+    **{name: LAYOUTS[name] for name in sorted(SHORT_LAYOUTS)},
     "pp4": (4, layout(pipeline=4)),
     "pp3-uneven": (3, layout(pipeline=3)),
     "pp2-interleaved-uneven": (2, layout(pipeline=2, pipeline_layers=(1, 2, 1, 1), **INTERLEAVED)),
@@ -73,6 +78,12 @@ def config_of(parallel: ParallelConfig, precision: str = "fp32") -> runs.Config:
 def single(pool: Pool) -> runs.Outcome:
     """The canonical run: one rank, nothing sharded, nothing recomputed."""
     return pool.run(runs.train, 1, runs.run_config(), STEPS)[0]
+
+
+@pytest.fixture(scope="module")
+def short(pool: Pool) -> runs.Outcome:
+    """The first steps of the canonical run, for its weights after them."""
+    return pool.run(runs.train, 1, runs.run_config(), SHORT)[0]
 
 
 def assert_same_steps(ours: list[runs.StepResult], theirs: list[runs.StepResult], where: object) -> None:
@@ -94,9 +105,10 @@ def assert_same_run(outcomes: list[runs.Outcome], single: runs.Outcome) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_same_run_as_a_single_rank(pool: Pool, single: runs.Outcome, name: str) -> None:
+def test_same_run_as_a_single_rank(pool: Pool, single: runs.Outcome, short: runs.Outcome, name: str) -> None:
     ranks, parallel = LAYOUTS[name]
-    assert_same_run(pool.run(runs.train, ranks, config_of(parallel), STEPS), single)
+    steps, expected = (SHORT, short) if name in SHORT_LAYOUTS else (STEPS, single)
+    assert_same_run(pool.run(runs.train, ranks, config_of(parallel), steps), expected)
 
 
 @pytest.mark.slow
@@ -114,10 +126,9 @@ def test_same_run_as_a_single_rank_on_more_layouts(pool: Pool, single: runs.Outc
 @pytest.mark.parametrize("granularity", RECOMPUTE[1:])
 def test_recomputation_changes_no_bit(pool: Pool, single: runs.Outcome, granularity: str) -> None:
     config = runs.run_config(parallel=layout(recompute_granularity=granularity))
-    steps = 3
-    recomputed = pool.run(runs.train, 1, config, steps)[0]
+    recomputed = pool.run(runs.train, 1, config, SHORT)[0]
     # A weight that differed after one step would show in the losses of the next.
-    assert recomputed.steps == single.steps[:steps]
+    assert recomputed.steps == single.steps[:SHORT]
 
 
 BF16_LAYOUTS = {
@@ -135,26 +146,19 @@ BF16_LAYOUTS = {
         pytest.param("tp4-sp-selective", marks=pytest.mark.slow),
     ],
 )
-def test_bf16_stays_within_the_error_budget(pool: Pool, single: runs.Outcome, name: str) -> None:
-    """At most twice as far from the fp32 run as bf16 on a single rank is, in losses and in final weights."""
+def test_bf16_stays_within_the_error_budget(pool: Pool, short: runs.Outcome, name: str) -> None:
+    """Every weight at most twice as far from the fp32 run as bf16 on a single rank takes it.
+
+    Weights, not losses: a handful of means over a hundred targets estimate an error so badly that twice the
+    budget is passed by chance in one run of eight (F distribution, 4 and 4 degrees of freedom).
+    """
     ranks, parallel = BF16_LAYOUTS[name]
-    steps = STEPS if name != "tp2-sp-pp2" else 4
-    exact = single if steps == STEPS else pool.run(runs.train, 1, runs.run_config(), steps)[0]
-    alone = pool.run(runs.train, 1, runs.run_config("bf16"), steps)
-    outcomes = pool.run(runs.train, ranks, config_of(parallel, "bf16"), steps)
-    assert loss_error(outcomes[-1], exact) <= 2 * loss_error(alone[0], exact)
-    expected = runs.full_weights([exact])
-    theirs, ours = runs.full_weights(alone), runs.full_weights(outcomes)
-    for name, weight in expected.items():
-        budget = 2 * (theirs[name].float() - weight).norm()
-        assert (ours[name].float() - weight).norm() <= budget, name
-
-
-def loss_error(outcome: runs.Outcome, exact: runs.Outcome) -> float:
-    """Root mean square over the steps."""
-    errors = [mine.loss - other.loss for mine, other in zip(outcome.steps, exact.steps, strict=True)]
-    assert any(errors), "another precision cannot give the very same losses"
-    return (sum(error**2 for error in errors) / len(errors)) ** 0.5
+    exact = runs.full_weights([short])
+    alone = runs.full_weights(pool.run(runs.train, 1, runs.run_config("bf16"), SHORT))
+    outcomes = pool.run(runs.train, ranks, config_of(parallel, "bf16"), SHORT)
+    for weight, ours in runs.full_weights(outcomes).items():
+        error, budget = (ours.float() - exact[weight]).norm(), (alone[weight].float() - exact[weight]).norm()
+        assert error <= 2 * budget, f"{weight}: {error:.1e}, a single rank {budget:.1e}"
 
 
 TRAPS = {
