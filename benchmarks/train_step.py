@@ -98,20 +98,21 @@ def step_rows(rows: list[Row], engine: Engine) -> StepRows:
     )
 
 
-def time_steps(engine: Engine, steps: list[StepRows], warm_up: int) -> list[float]:
-    """Seconds of each step after the first few; the losses are read, so the device is done."""
-    seconds = []
+def time_steps(engine: Engine, steps: list[StepRows], warm_up: int) -> tuple[list[float], list[float]]:
+    """Seconds of each step after the first few, and every step's loss; it is read, so the device is done."""
+    seconds, losses = [], []
     for index, rows in enumerate(steps):
         began = time.perf_counter()
         result = train_step(engine, rows, 1e-6)
         seconds.append(time.perf_counter() - began)
+        losses.append(result.loss)
         if index == 0:
             expected = math.log(engine.config.model.vocab_size)
             if abs(result.loss - expected) > 0.5:
                 raise RuntimeError(
                     f"an untrained model loses ln V = {expected:.2f}, this one {result.loss:.2f}"
                 )
-    return seconds[warm_up:]
+    return seconds[warm_up:], losses
 
 
 def profile_step(engine: Engine, rows: StepRows) -> str:
@@ -131,6 +132,9 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--lengths", type=Path, help=".npz with prompt_len and target_len")
     parser.add_argument("--steps", type=int, default=8, help="3 of them warm up")
+    parser.add_argument(
+        "--draw-on-device", action="store_true", help="random weights of the GPU's own, far sooner there"
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--output", type=Path, help="folder for train_step.jsonl and the profile")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
@@ -149,21 +153,27 @@ def main() -> None:
     )
     layout = start_distributed(config)
     engine = build_engine(config, layout)
-    initialise(engine.chunks, config.model, 1, layout)
+    draw_on = layout.device if arguments.draw_on_device else torch.device("cpu")
+    initialise(engine.chunks, config.model, 1, layout, draw_on)
     engine.optimizer.reload_model_params()
     run_self_test(engine)
     rows = packed_rows(config, arguments.lengths, arguments.steps * rows_per_step(config))
     per_step = rows_per_step(config)
     steps = [step_rows(rows[i : i + per_step], engine) for i in range(0, len(rows), per_step)]
-    seconds = time_steps(engine, steps, warm_up=3)
+    seconds, losses = time_steps(engine, steps, warm_up=3)
     table = profile_step(engine, steps[0]) if arguments.profile else ""
     if layout.reports:
-        report(arguments, engine, steps[3:], seconds, table)
+        report(arguments, engine, steps[3:], seconds, losses, table)
     stop_distributed()
 
 
 def report(
-    arguments: argparse.Namespace, engine: Engine, steps: list[StepRows], seconds: list[float], table: str
+    arguments: argparse.Namespace,
+    engine: Engine,
+    steps: list[StepRows],
+    seconds: list[float],
+    losses: list[float],
+    table: str,
 ) -> None:
     """Print the result, and append it to train_step.jsonl."""
     rates = [rows.num_real / second for rows, second in zip(steps, seconds, strict=True)]
@@ -182,6 +192,7 @@ def report(
         "milliseconds": [round(1000 * f(seconds), 1) for f in (statistics.median, min, max)],
         "real_tokens_per_second": round(statistics.median(rates)),
         "useful_tflops_per_gpu": round(statistics.median(tflops) / world, 1),
+        "losses": [round(loss, 5) for loss in losses],
         "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if on_gpu else None,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "commit": git.stdout.strip(),

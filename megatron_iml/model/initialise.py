@@ -23,15 +23,26 @@ PAD_ID = 1
 """OPT's padding token; its embedding starts at zero."""
 
 
-def initialise(chunks: Sequence[OPTModel], model: ModelConfig, seed: int, layout: Layout) -> None:
-    """Fill every parameter of this rank's stage."""
+CPU = torch.device("cpu")
+
+
+def initialise(
+    chunks: Sequence[OPTModel], model: ModelConfig, seed: int, layout: Layout, draw_on: torch.device = CPU
+) -> None:
+    """Fill every parameter of this rank's stage.
+
+    `draw_on` is where random numbers come from: CUDA generators are quick and give other numbers on other
+    devices, which only a benchmark may do.
+    """
     for name, parameter in named_global_parameters(chunks):
-        full = initial_tensor(name, global_shape(parameter, layout.tensor_size), model, seed)
+        full = initial_tensor(name, global_shape(parameter, layout.tensor_size), model, seed, draw_on)
         copy_full_tensor(parameter, full, layout.tensor_rank, layout.tensor_size)
 
 
-def initial_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
-    """The whole initial tensor of one parameter, fp32 on the CPU."""
+def initial_tensor(
+    name: str, shape: tuple[int, ...], model: ModelConfig, seed: int, draw_on: torch.device = CPU
+) -> Tensor:
+    """The whole initial tensor of one parameter, fp32."""
     if "layernorm" in name:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     if name.endswith("bias"):
@@ -40,9 +51,8 @@ def initial_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: 
     std = model.init_method_std / math.sqrt(2 * model.num_layers) if is_output else model.init_method_std
     # Not `hash()`, which Python salts per process. 7 bytes fit the generator's signed 64-bit seed.
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    # On the CPU: CUDA generators give other numbers on other devices.
-    tensor = torch.empty(shape).normal_(0.0, std, generator=generator)
+    generator = torch.Generator(draw_on).manual_seed(int.from_bytes(digest, "little"))
+    tensor = torch.empty(shape, device=draw_on).normal_(0.0, std, generator=generator)
     if name == "embedding.word_embeddings.weight":
         tensor[PAD_ID] = 0.0
     if name == "embedding.position_embeddings.weight":

@@ -28,6 +28,12 @@ def refusal(folder: Path, text: str, *overrides: str) -> str:
     return str(caught.value).splitlines()[0]
 
 
+def test_recomputation_modes_that_recurse_or_crash_cannot_be_named() -> None:
+    for mode in ("mlp", "layernorm", "core_attn"):
+        with pytest.raises(ValueError, match="recompute_granularity: .* allowed: none, selective, full"):
+            load_config(None, ["model.size=opt-125m", f"parallel.recompute_granularity={mode}"])
+
+
 def test_defaults_need_only_a_shape(tmp_path: Path) -> None:
     config = load(tmp_path, "")
     assert config.training == Config().training

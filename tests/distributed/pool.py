@@ -1,4 +1,4 @@
-"""Worlds of 1 to 8 gloo ranks for tests, each rank a process of its own.
+"""Worlds of 1 to 8 ranks for tests, each rank a process of its own: gloo on the CPU, or NCCL with a GPU each.
 
     pool.run(function, 4, argument, ...)     ->  [result of rank 0, ..., result of rank 3]
 
@@ -12,6 +12,7 @@ has left, so that after a few jobs they would have the cores to themselves.
 
 import importlib.util
 import multiprocessing
+import os
 import pickle
 import sys
 import time
@@ -25,6 +26,7 @@ from multiprocessing.context import ForkServerProcess
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -56,6 +58,7 @@ class Job:
     world_size: int
     port: int
     timeout_seconds: float
+    on_gpus: bool
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,10 @@ class Worker:
 class Pool:
     """Starts the ranks of one job at a time, at most `MAX_RANKS`."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_gpus: bool = False) -> None:
+        self.on_gpus = on_gpus
+        # Asked otherwise, CUDA would start in the fork server, and a fork cannot start it again.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOAD)
 
@@ -89,6 +95,8 @@ class Pool:
             TimeoutError: if a rank does not answer in time, naming those that did not.
         """
         assert 1 <= ranks <= MAX_RANKS, f"{ranks} ranks asked of a pool of {MAX_RANKS}"
+        if self.on_gpus and ranks > torch.cuda.device_count():
+            pytest.skip(f"{ranks} ranks want a GPU each; this machine has {torch.cuda.device_count()}")
         # Port 0: the system picks one, and this process holds it, so nothing can collide.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         module = function.__module__
@@ -97,7 +105,15 @@ class Pool:
         try:
             for rank in range(ranks):
                 job = Job(
-                    module, file, function.__name__, arguments, rank, ranks, store.port, timeout_seconds
+                    module,
+                    file,
+                    function.__name__,
+                    arguments,
+                    rank,
+                    ranks,
+                    store.port,
+                    timeout_seconds,
+                    self.on_gpus,
                 )
                 workers.append(self._start(job))
             results = collect(workers, function.__name__, timeout_seconds)
@@ -147,12 +163,23 @@ def run_in_world(connection: Connection, pickled_job: bytes) -> None:
     torch.set_num_threads(1)
     # Every rank would repeat what megatron-core says of missing optional packages.
     warnings.simplefilter("ignore")
+    # Before anything asks for CUDA, which then answers for this process as the job needs it.
+    os.environ["LOCAL_RANK"] = str(job.rank)
+    if job.on_gpus:
+        torch.cuda.set_device(job.rank)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         store = dist.TCPStore("127.0.0.1", job.port, is_master=False)
         # The pool's own deadline comes before this timeout.
         timeout = timedelta(seconds=2 * job.timeout_seconds + 60)
         dist.init_process_group(
-            "gloo", store=store, rank=job.rank, world_size=job.world_size, timeout=timeout
+            # Tests compare small CPU tensors too.
+            "cpu:gloo,cuda:nccl" if job.on_gpus else "gloo",
+            store=store,
+            rank=job.rank,
+            world_size=job.world_size,
+            timeout=timeout,
         )
         result = vars(load(job.module, job.file))[job.function](*job.arguments)
     except Exception:  # whatever it is, the test that asked gets it

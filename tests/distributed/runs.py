@@ -137,7 +137,7 @@ def outcome(engine: Engine, steps: list[StepResult]) -> Outcome:
     engine.gather_weights()
     layout = engine.layout
     weights = [
-        (name, Weight(parameter.detach().clone(), tensor_parallel_dim(parameter)))
+        (name, Weight(parameter.detach().to("cpu", copy=True), tensor_parallel_dim(parameter)))
         for name, parameter in named_global_parameters(engine.chunks)
     ]
     return Outcome((layout.tensor_rank, layout.pipeline_rank, layout.data_rank), steps, weights)

@@ -185,6 +185,8 @@ TRAPS = {
 @pytest.mark.parametrize("name", TRAPS)
 def test_without_our_remedy_a_trap_is_sprung(pool: Pool, single: runs.Outcome, name: str) -> None:
     """The very comparison that guards every layout fails; when it no longer does, the remedy can go."""
+    if pool.on_gpus and "messages" in name:
+        pytest.skip("seen on gloo; NCCL pairs messages otherwise")
     ranks, parallel, engine_fields = TRAPS[name]
     outcomes = pool.run(runs.train_unlike, ranks, config_of(parallel), 2, engine_fields)
     with pytest.raises(AssertionError, match=r"(loss|gradient norm) of step"):
