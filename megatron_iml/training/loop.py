@@ -118,9 +118,11 @@ def rank_metrics(reports: Sequence[RankReport], config: Config, is_logged: bool)
         "slowest_rank": slowest,
         "slowest_forward_seconds": seconds[slowest],
         "slowest_over_peers": seconds[slowest] / statistics.median(peers),
-        "peak_memory_rank": gib.index(max(gib)),
-        "peak_memory_gib": max(gib),
     }
     if is_logged:
-        metrics |= {"forward_seconds_by_rank": seconds, "peak_memory_gib_by_rank": gib}
+        metrics["forward_seconds_by_rank"] = seconds
+    # The CPU counts no memory.
+    if any(gib):
+        metrics |= {"peak_memory_rank": gib.index(max(gib)), "peak_memory_gib": max(gib)}
+        metrics |= {"peak_memory_gib_by_rank": gib} if is_logged else {}
     return metrics

@@ -23,7 +23,12 @@ from megatron_iml.model.initialise import initialise
 SAVED, LAST = range(3), range(3, 6)
 STATE = RunState(step=3, rows_consumed=12, plan_fingerprint="abc")
 SINGLE = ParallelConfig()
-TP2_PP2 = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True)
+TP2_PP2 = ParallelConfig(
+    tensor_model_parallel_size=2,
+    pipeline_model_parallel_size=2,
+    sequence_parallel=True,
+    pipeline_layers=(3, 1),
+)
 DP2_OVERLAP = ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
 PP2_DP2 = ParallelConfig(pipeline_model_parallel_size=2)
