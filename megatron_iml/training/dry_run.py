@@ -167,7 +167,7 @@ def _run_first_row(engine: Engine, num_targets: int) -> list[tuple[int, ...]]:
         # A gather that waits for its module would be started here, and there is nobody to gather from.
         for wrapped in engine.wrapped:
             wrapped.disable_forward_pre_hook(param_sync=False)
-    outputs = []
+    outputs: list[tuple[int, ...]] = []
     for chunk in engine.chunks:
         if not chunk.pre_process:
             chunk.set_input_tensor(torch.empty(hidden_shape, dtype=chunk.config.params_dtype, device=META))

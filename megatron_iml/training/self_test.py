@@ -163,7 +163,7 @@ def _wrong_positions(trace: Trace, pieces: list[Piece]) -> Iterator[str]:
 def _weights_without_gradient(engine: Engine) -> list[str]:
     """Weights that a backward left untouched: their layer never ran, or its result was thrown away."""
     named = list(named_global_parameters(engine.chunks))
-    reached = torch.stack([(parameter.main_grad != 0).any() for _, parameter in named]).tolist()
+    reached = torch.stack([(vars(parameter)["main_grad"] != 0).any() for _, parameter in named]).tolist()
     rest = [name for (name, _), is_reached in zip(named, reached, strict=True) if not is_reached]
     return [f"no gradient reached {rest[0]} and {len(rest) - 1} more weights"] if rest else []
 

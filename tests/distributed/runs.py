@@ -150,6 +150,19 @@ def train(config: Config, steps: int) -> Outcome:
     return outcome(engine, take_steps(engine, range(steps)))
 
 
+def one_gradient(config: Config) -> Outcome:
+    """A job for the pool: the gradients of one step in place of weights; without data parallelism."""
+    engine = fresh_engine(config)
+    steps = [train_step(engine, deal(rows_of_step(0, config.model.vocab_size), engine.layout), 0.0)]
+    layout = engine.layout
+    assert layout.data_size == 1, "replicas leave each rank a slice of the sum"
+    gradients = [
+        (name, Weight(parameter.main_grad.to("cpu", copy=True), tensor_parallel_dim(parameter)))
+        for name, parameter in named_global_parameters(engine.chunks)
+    ]
+    return Outcome((layout.tensor_rank, layout.pipeline_rank, layout.data_rank), steps, gradients)
+
+
 def train_unlike(config: Config, steps: int, engine_fields: dict[str, Any]) -> Outcome:
     """The same without the self-test, with fields of megatron-core's configuration set otherwise."""
 

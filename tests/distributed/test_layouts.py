@@ -133,32 +133,27 @@ def test_recomputation_changes_no_bit(pool: Pool, single: runs.Outcome, granular
 
 BF16_LAYOUTS = {
     "tp2-sp-pp2": (4, layout(tensor=2, pipeline=2, **SEQUENCE)),
-    "pp2-interleaved-dp2-overlap": LAYOUTS["pp2-interleaved-dp2-overlap"],
+    "pp2-interleaved": (2, layout(pipeline=2, **INTERLEAVED)),
     "tp4-sp-selective": LAYOUTS["tp4-sp-selective"],
 }
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "tp2-sp-pp2",
-        pytest.param("pp2-interleaved-dp2-overlap", marks=pytest.mark.slow),
-        pytest.param("tp4-sp-selective", marks=pytest.mark.slow),
-    ],
+    "name", ["tp2-sp-pp2", *(pytest.param(n, marks=pytest.mark.slow) for n in list(BF16_LAYOUTS)[1:])]
 )
-def test_bf16_stays_within_the_error_budget(pool: Pool, short: runs.Outcome, name: str) -> None:
-    """Every weight at most twice as far from the fp32 run as bf16 on a single rank takes it.
+def test_bf16_gradients_stay_within_the_error_budget(pool: Pool, name: str) -> None:
+    """Three times as far from the fp32 gradient as bf16 on a single rank is, for every tensor.
 
-    Weights, not losses: a handful of means over a hundred targets estimate an error so badly that twice the
-    budget is passed by chance in one run of eight (F distribution, 4 and 4 degrees of freedom).
+    Gradients, not losses or weights: a loss is one number, whose error is luck, and Adam makes a whole step
+    of the sign of a gradient near zero. Replicas add nothing: they sum in fp32.
     """
     ranks, parallel = BF16_LAYOUTS[name]
-    exact = runs.full_weights([short])
-    alone = runs.full_weights(pool.run(runs.train, 1, runs.run_config("bf16"), SHORT))
-    outcomes = pool.run(runs.train, ranks, config_of(parallel, "bf16"), SHORT)
-    for weight, ours in runs.full_weights(outcomes).items():
-        error, budget = (ours.float() - exact[weight]).norm(), (alone[weight].float() - exact[weight]).norm()
-        assert error <= 2 * budget, f"{weight}: {error:.1e}, a single rank {budget:.1e}"
+    exact = runs.full_weights(pool.run(runs.one_gradient, 1, runs.run_config()))
+    alone = runs.full_weights(pool.run(runs.one_gradient, 1, runs.run_config("bf16")))
+    ours = runs.full_weights(pool.run(runs.one_gradient, ranks, config_of(parallel, "bf16")))
+    for weight, gradient in exact.items():
+        error, budget = (ours[weight] - gradient).norm(), 3 * (alone[weight] - gradient).norm()
+        assert 0 < error <= budget, f"{weight}: {error:.1e}, a single rank {budget / 3:.1e}"
 
 
 TRAPS = {
