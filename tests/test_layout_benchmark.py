@@ -1,0 +1,78 @@
+"""The benchmark of one node's layouts: every case fits four GPUs of 80 GB, losses that differ are reported."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megatron_iml.config import Config, check_layout, load_config, micro_batches_per_step
+from megatron_iml.config.memory import stage_memory
+
+FILE = Path(__file__).parents[1] / "benchmarks" / "layouts.py"
+
+
+def load_benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("layouts_benchmark", FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+BENCHMARK = load_benchmark()
+
+
+def config_of(case: object) -> Config:
+    """As `train_step.py` makes it from its arguments."""
+    return load_config(
+        None,
+        [
+            f"model.size={case.size}",
+            f"data.row_length={case.row_length}",
+            f"training.global_batch_positions={case.rows * case.row_length}",
+            *case.overrides,
+        ],
+    )
+
+
+@pytest.mark.parametrize("case", BENCHMARK.CASES, ids=lambda case: case.name)
+def test_every_case_fits(case: object) -> None:
+    config = config_of(case)
+    check_layout(config, case.gpus)
+    parallel = config.parallel
+    assert micro_batches_per_step(config, case.gpus) % parallel.pipeline_model_parallel_size == 0
+    stages = range(parallel.pipeline_model_parallel_size)
+    gib = max(sum(stage_memory(config, case.gpus, stage)) for stage in stages) / 2**30
+    assert gib < 70, f"{case.name}: {gib:.0f} GiB"
+
+
+def row(name: str, size: str, losses: list[float]) -> dict:
+    return {
+        "name": name,
+        "size": size,
+        "losses": losses,
+        "milliseconds": [100.0, 99.0, 101.0],
+        "ranks": 4,
+        "real_tokens_per_second": 1000,
+        "useful_tflops_per_gpu": 1.5,
+        "peak_memory_gib": 2.5,
+        "device": "GPU",
+        "versions": {},
+        "commit": "abc",
+    }
+
+
+def test_cases_of_one_model_are_compared_with_its_first() -> None:
+    rows = [
+        row("a", "opt-1.3b", [10.0, 9.0]),
+        row("b", "opt-1.3b", [10.0, 9.004]),
+        row("c", "opt-6.7b", [8.0, 7.0]),
+        row("d", "opt-6.7b", [8.01, 7.0]),
+    ]
+    assert BENCHMARK.disagreements(rows) == ["d: losses up to 1.0e-02 from c"]
+    assert "| b | 4 | 100.0 (99.0-101.0) | 1,000 | 1.5 | 2.5 GiB | 9.0040 | 4.0e-03 |" in BENCHMARK.table(
+        rows
+    )
