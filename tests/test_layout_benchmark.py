@@ -1,4 +1,4 @@
-"""The benchmark of one node's layouts: every case fits four GPUs of 80 GB, losses that differ are reported."""
+"""The benchmark of one node's layouts: its cases fit four GPUs of 80 GB, losses that differ are reported."""
 
 import importlib.util
 import sys
