@@ -27,11 +27,13 @@ from .parameter_map import parameters
 from .source import Source
 
 PROMPTS, LENGTH = 3, 24
+BLOCK_ROWS = 2048
+"""Rows of a matrix that are in fp32 at a time: a whole one of 175B would have 2.4 GB."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer's tensors in fp32, each made when it is asked for: of 175B, one has 7 GB."""
+    """One decoder layer's tensors, each read when it is asked for."""
 
     norms: Callable[[str], Tensor]
     """attention_weight, attention_bias, feed_forward_weight, feed_forward_bias."""
@@ -81,23 +83,29 @@ def logits(source: Source, tokens_ST: Tensor) -> Tensor:
     """OPT's forward [S, T, V]."""
     layers, whole = _reader(source)
     words_VF = whole("words")
-    hidden = words_VF[tokens_ST] + whole("positions")[POSITION_OFFSET:][: tokens_ST.shape[1]]
-    del words_VF
+    positions_TF = whole("positions")[POSITION_OFFSET:][: tokens_ST.shape[1]]
+    hidden = words_VF[tokens_ST].float() + positions_TF.float()
     heads = source.model.num_attention_heads
     for layer in layers:
         hidden = hidden + _attention(layer, hidden, heads)
         normed = _norm(layer, hidden, "feed_forward")
         hidden = hidden + _apply(layer, "fc2", relu(_apply(layer, "fc1", normed)))
-    normed = layer_norm(hidden, hidden.shape[-1:], whole("norm_weight"), whole("norm_bias"))
-    return linear(normed, whole("words"))
+    normed = layer_norm(hidden, hidden.shape[-1:], whole("norm_weight").float(), whole("norm_bias").float())
+    return _linear(normed, words_VF)
 
 
 def _norm(layer: Layer, hidden: Tensor, place: str) -> Tensor:
-    return layer_norm(hidden, hidden.shape[-1:], layer.norms(f"{place}_weight"), layer.norms(f"{place}_bias"))
+    weight, bias = (layer.norms(f"{place}_{kind}").float() for kind in ("weight", "bias"))
+    return layer_norm(hidden, hidden.shape[-1:], weight, bias)
 
 
 def _apply(layer: Layer, name: str, hidden: Tensor) -> Tensor:
-    return linear(hidden, layer.projection(name, "weight"), layer.projection(name, "bias"))
+    return _linear(hidden, layer.projection(name, "weight")) + layer.projection(name, "bias").float()
+
+
+def _linear(hidden: Tensor, weight: Tensor) -> Tensor:
+    """In fp32, whatever the weight's type, some rows of it at a time."""
+    return torch.cat([linear(hidden, rows.float()) for rows in weight.split(BLOCK_ROWS)], -1)
 
 
 def _attention(layer: Layer, hidden: Tensor, heads: int) -> Tensor:
@@ -135,16 +143,16 @@ def _hugging_face(source: HuggingFaceSource) -> tuple[Iterator[Layer], Callable[
     def layer(begin: str) -> Layer:
         def norms(name: str) -> Tensor:
             place, kind = name.rsplit("_", 1)
-            return source.raw(f"{begin}.{_OPT_NORMS[place]}.{kind}").float()
+            return source.raw(f"{begin}.{_OPT_NORMS[place]}.{kind}")
 
         def projection(name: str, kind: str) -> Tensor:
             module = _OPT_LINEARS.get(name, f"self_attn.{name[0]}_proj")
-            return source.raw(f"{begin}.{module}.{kind}").float()
+            return source.raw(f"{begin}.{module}.{kind}")
 
         return Layer(norms, projection)
 
     layers = (layer(f"decoder.layers.{number}") for number in range(source.model.num_layers))
-    return layers, lambda name: source.raw(outside[name]).float()
+    return layers, lambda name: source.raw(outside[name])
 
 
 def _metaseq(source: MetaseqSource) -> tuple[Iterator[Layer], Callable[[str], Tensor]]:
@@ -158,26 +166,26 @@ def _metaseq(source: MetaseqSource) -> tuple[Iterator[Layer], Callable[[str], Te
     def layer(begin: str) -> Layer:
         def norms(name: str) -> Tensor:
             place, kind = name.rsplit("_", 1)
-            return source.raw(f"{begin}.{_OPT_NORMS[place]}.{kind}")[0].float()
+            return source.raw(f"{begin}.{_OPT_NORMS[place]}.{kind}")[0]
 
         def projection(name: str, kind: str) -> Tensor:
             if name in ("query", "key", "value"):
                 ranks = source.raw(f"{begin}.self_attn.qkv_proj.{kind}")
                 third = ("key", "value", "query").index(name)
                 # Ranks hold consecutive heads.
-                return torch.cat([rank.chunk(3)[third] for rank in ranks]).float()
+                return torch.cat([rank.chunk(3)[third] for rank in ranks])
             ranks = source.raw(f"{begin}.{_OPT_LINEARS[name]}.{kind}")
             if name == "fc1":
-                return torch.cat(ranks).float()
+                return torch.cat(ranks)
             # Row-parallel: inputs are cut, and the bias is added once, by all from the same copy.
-            return torch.cat(ranks, 1).float() if kind == "weight" else ranks[0].float()
+            return torch.cat(ranks, 1) if kind == "weight" else ranks[0]
 
         return Layer(norms, projection)
 
     def whole(name: str) -> Tensor:
         if name == "words":
-            return torch.cat(source.raw("decoder.embed_tokens.weight")).float()
-        return source.raw(outside[name])[0].float()
+            return torch.cat(source.raw("decoder.embed_tokens.weight"))
+        return source.raw(outside[name])[0]
 
     layers = (layer(f"decoder.layers.{number}") for number in range(source.model.num_layers))
     return layers, whole
@@ -198,16 +206,16 @@ def _native(source: NativeSource) -> tuple[Iterator[Layer], Callable[[str], Tens
     def layer(begin: str) -> Layer:
         def norms(name: str) -> Tensor:
             place, kind = name.rsplit("_", 1)
-            return source.read(table[f"{begin}.{places[place]}.{kind}"]).float()
+            return source.read(table[f"{begin}.{places[place]}.{kind}"])
 
         def projection(name: str, kind: str) -> Tensor:
             if name in ("query", "key", "value"):
                 fused = source.read(table[f"{begin}.self_attention.linear_qkv.{kind}"])
                 heads = fused.reshape(source.model.num_attention_heads, 3, -1, *fused.shape[1:])
-                return heads[:, ("query", "key", "value").index(name)].flatten(0, 1).float()
-            return source.read(table[f"{begin}.{linears[name]}.{kind}"]).float()
+                return heads[:, ("query", "key", "value").index(name)].flatten(0, 1)
+            return source.read(table[f"{begin}.{linears[name]}.{kind}"])
 
         return Layer(norms, projection)
 
     layers = (layer(f"decoder.layers.{number}") for number in range(source.model.num_layers))
-    return layers, lambda name: source.read(table[outside[name]]).float()
+    return layers, lambda name: source.read(table[outside[name]])
