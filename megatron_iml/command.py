@@ -9,6 +9,7 @@ A mistake is one line on standard error and exit status 2; anything else is a bu
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,16 @@ def config_parser(description: str, program: str | None = None) -> argparse.Argu
     return parser
 
 
+def quiet_engine() -> None:
+    """Silence what megatron-core and torch say on every rank of packages and names that nobody here misses."""
+    for message in (
+        "Transformer Engine and Apex are not installed",
+        "full scope is deprecated",
+        r"`torch\.distributed\.\w+` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
 def refuse(mistake: Exception) -> int:
     """Say what is wrong and return the exit status."""
     # Under a launcher every rank has found the same mistake: one of them says it.
@@ -36,6 +47,7 @@ def refuse(mistake: Exception) -> int:
 
 def run_command(command: Callable[[], None]) -> int:
     """Run it and return the exit status."""
+    quiet_engine()
     try:
         command()
     # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_iml.command import config_parser, refuse
+from megatron_iml.command import config_parser, quiet_engine, refuse
 from megatron_iml.config import Config, check_config, load_config
 from megatron_iml.config.explain import explain
 
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.explain:
         print(explain(config, world_size))
         return 0
+    quiet_engine()
     return dry_run(config, world_size) if parsed.dry_run else run(config)
 
 
