@@ -28,7 +28,7 @@ def config_parser(description: str, program: str | None = None) -> argparse.Argu
 
 
 def quiet_engine() -> None:
-    """Silence what megatron-core and torch say on every rank of packages and names that nobody here misses."""
+    """Silence what megatron-core and torch say, on every rank, of packages and names nobody here misses."""
     for message in (
         "Transformer Engine and Apex are not installed",
         "full scope is deprecated",
