@@ -95,10 +95,11 @@ def test_every_prompt_shows_right_answers_of_other_rows(bench, tmp_path):
 
 def test_a_held_out_task_shows_the_other_evaluation_split(bench, tmp_path):
     shown = add_demonstrations(bench, Demonstrations(shots=3), tmp_path / "shown")
-    validation = {int(row["id"]) for row in rows_of(bench, "held", "validation")}
-    for row in rows_of(shown, "held"):
-        *demonstrations, _ = shown_numbers(row["src"], "Input: ")
-        assert len(demonstrations) == 3 and set(demonstrations) <= validation
+    for split, other in (("test", "validation"), ("validation", "test")):
+        known = {int(row["id"]) for row in rows_of(bench, "held", other)}
+        for row in rows_of(shown, "held", split):
+            *demonstrations, _ = shown_numbers(row["src"], "Input: ")
+            assert len(demonstrations) == 3 and set(demonstrations) <= known
 
 
 def test_small_tasks_show_what_they_have_and_say_so(bench, tmp_path):
@@ -115,6 +116,18 @@ def test_long_prompts_lose_demonstrations_not_the_instruction(bench, tmp_path):
     assert {len(shown_numbers(prompt, "Input: ")) - 1 for prompt in prompts} <= {1, 2, 3}
     left_out = shown.ledger()["tasks"]["B__A__task_level"]["repaired"]
     assert left_out["demonstration left out: the prompt would be too long"] > 20
+
+
+def test_a_training_prompt_never_shows_its_own_answer(bench, tmp_path):
+    how = Demonstrations(shots=9, pool=10)
+    shown = add_demonstrations(bench, how, tmp_path / "shown", ("train",))
+    rows = rows_of(shown, "instance_level", "train")
+    # The ten rows of the pool see the other nine, and all others nine of the ten.
+    for row in rows:
+        *demonstrations, asked = shown_numbers(row["src"], "What follows ")
+        assert len(demonstrations) == 9 and asked not in demonstrations
+    pool = {int(row["id"]) for row in rows[:10]}
+    assert {n for row in rows for n in shown_numbers(row["src"], "What follows ")[:-1]} == pool
 
 
 def test_the_same_seed_shows_the_same(bench, tmp_path):

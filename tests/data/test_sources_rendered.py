@@ -18,6 +18,7 @@ def test_templates_of_a_data_set_are_one_task(tmp_path):
     found = Reading(rendered_pairs.read, tmp_path)
     assert list(found.tasks) == ["qasc", "super_glue__boolq"]
     assert found.tasks["super_glue__boolq"].data_sources == ("boolq",)
+    assert found.tasks["super_glue__boolq"].parent == "boolq"
     first, second = found.examples("qasc")
     assert (first.source, first.targets) == ("Is rain wet?", ("Yes",))
     assert second.targets == ("rain\n",)

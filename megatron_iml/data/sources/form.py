@@ -37,14 +37,13 @@ def make_task(
     *,
     metric: Metric = "rouge_l",
     data_sources: tuple[str, ...] = (),
-    parent: str = "",
     evaluation_only: bool = False,
 ) -> Task:
     """A task of the instances that `instances` yields, given the account to count repairs in.
 
-    Its parent is its data set unless another is given: that is its name in other benchmarks, too.
+    Its parent is its data set: the name under which evaluation finds it in other benchmarks.
     """
-    parent = parent or (data_sources[0] if data_sources else "")
+    parent = data_sources[0] if data_sources else ""
     examples = partial(_examples, benchmark, name, label, instances, drops.task(benchmark, name))
     return Task(name, benchmark, label, metric, examples, data_sources, parent, evaluation_only)
 

@@ -43,7 +43,6 @@ def read(folder: Path, drops: Drops, *, part: str = "test") -> Iterator[Task]:
             partial(_instances, path, subject.replace("_", " ")),
             metric="accuracy",
             data_sources=("mmlu",),
-            parent="mmlu",
             evaluation_only=True,
         )
 
