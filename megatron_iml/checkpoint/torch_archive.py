@@ -26,6 +26,10 @@ STUBBED_PACKAGES = frozenset({"metaseq", "fairseq", "fairscale", "omegaconf", "a
 """Packages whose names become stubs: what training checkpoints of metaseq carry beside tensors."""
 STUBBED_NAMES = frozenset(
     {
+        ("builtins", "object"),
+        ("builtins", "type"),
+        ("builtins", "tuple"),
+        ("builtins", "bytes"),
         ("builtins", "dict"),
         ("builtins", "list"),
         ("builtins", "set"),
