@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "tools" / "preprocess"
 SAMPLING_SECONDS = 0.25
 SPLITS = "validation_examples_per_task: 100\ntest_examples_per_task: 100\n"
+# The paper's proportions of seven benchmarks, and 1 % for the eighth.
+PROPORTIONS = {"GENA": 4, "GENB": 2, "GENC": 20, "GEND": 25, "GENE": 45, "GENF": 2, "GENG": 1, "GENH": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,16 @@ def commands(arguments: argparse.Namespace) -> dict[str, tuple[list[str | Path],
     config = work / "bench.yaml"
     config.write_text("sources: [{reader: source_target, folder: sources}]\nsplits: splits.yaml\n")
     (work / "splits.yaml").write_text(SPLITS)
+    (work / "mixture.yaml").write_text(
+        "examples_proportional_cap: 4096\nbenchmarks:\n"
+        + "".join(
+            f"  {name}: {{proportion: {share / 100}, unit: examples}}\n"
+            for name, share in PROPORTIONS.items()
+        )
+    )
     workers = ["--workers", str(arguments.workers)]
     tokens = ["--tokenizer-model", arguments.tokenizer_model, "--output-prefix", work / "corpus"]
-    plan = ["--rows", str(arguments.rows), "--row-length", "2048", "--output", work / "plan"]
+    plan = ["--mixture", work / "mixture.yaml", "--rows", str(arguments.rows), "--output", work / "plan"]
     return {
         "bench": (
             [TOOLS / "build_bench.py", "--config", config, "--output", work / "bench", *workers],
@@ -119,7 +128,10 @@ def commands(arguments: argparse.Namespace) -> dict[str, tuple[list[str | Path],
             [TOOLS / "build_corpus.py", "--input", work / "bench", *tokens, *workers],
             work / "corpus",
         ),
-        "plan": ([TOOLS / "build_plan.py", "--corpus", work / "corpus" / "train", *plan], work / "plan"),
+        "plan": (
+            [TOOLS / "build_plan.py", "--input", work / "corpus" / "train", *plan, *workers],
+            work / "plan",
+        ),
     }
 
 
