@@ -31,6 +31,7 @@ def quiet_engine() -> None:
     """Silence what megatron-core and torch say, on every rank, of packages and names nobody here misses."""
     for message in (
         "Transformer Engine and Apex are not installed",
+        "Apex is not installed",
         "full scope is deprecated",
         r"`torch\.distributed\.\w+` is deprecated",
     ):
