@@ -85,10 +85,13 @@ def test_recross_names_keep_the_hyphens_of_a_subset(tmp_path):
     assert found.tasks["ai2_arc__ARC-Easy"].data_sources == ("ai2arc",)
 
 
-def test_recross_files_hold_arrays(tmp_path):
-    found = Reading(recross.read, write_files(tmp_path, {"bb/t.json": {"a": 1}}))
-    with pytest.raises(ValueError, match="t.json: got a JSON dict, expected an array of records"):
-        found.examples("bb")
+def test_recross_files_that_are_no_arrays_are_recorded(tmp_path):
+    line = [{"input_text": "q", "output_text": "a"}]
+    write_files(tmp_path, {"bb/t.json": [["q", ["a"], "x|y|z|#1"]], "bb/downstream_test.jsonl": line})
+    (tmp_path / "bb" / "downstream_test.jsonl").rename(tmp_path / "bb" / "downstream_test.json")
+    found = Reading(recross.read, tmp_path)
+    assert len(found.examples("bb")) == 1
+    assert found.drops.skipped_files == {"bb/downstream_test.json": "not an array of records"}
 
 
 TEMPLATES = """dataset: super_glue

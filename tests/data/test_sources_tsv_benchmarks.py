@@ -132,3 +132,19 @@ def test_ranked_and_other_forms(tmp_path):
 def test_a_data_set_has_to_be_named(tmp_path):
     with pytest.raises(ValueError, match="exmix: no data set ''; give the option data_set: cogs"):
         Reading(exmix.read, tmp_path)
+
+
+def test_files_that_repeat_others_are_not_read(tmp_path):
+    pair = "q\ta\n"
+    _, examples = exmix_examples(
+        tmp_path, "cogs", {"train.tsv": pair, "gen.tsv": pair, "train_100.tsv": pair}
+    )
+    assert [example.id for example in examples] == ["gen.tsv-1", "train.tsv-1"]
+    files = {"job_funql_test.tsv": pair, "job_funql_test_fixed.tsv": pair}
+    _, examples = exmix_examples(tmp_path, "job_funql", files)
+    assert [example.id for example in examples] == ["job_funql_test_fixed.tsv-1"]
+    row = "text,category\nHi,x\n"
+    _, examples = exmix_examples(
+        tmp_path, "dialoglue_hwu", {"train.csv": row, "val.csv": row, "train_10.csv": row}
+    )
+    assert [example.id for example in examples] == ["train.csv-2", "val.csv-2"]

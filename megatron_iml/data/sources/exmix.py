@@ -131,15 +131,18 @@ def _toxicity(path: Path, counts: TaskCounts) -> Iterator[tuple[int, Answer]]:
 
 
 DATA_SETS: Mapping[str, tuple[str, Callable[[Path, TaskCounts], Iterator[tuple[int, Answer]]]]] = {
-    "cogs": ("**/*.tsv", _pairs),
+    # Not train_100.tsv, which repeats train.tsv.
+    "cogs": ("**/[dgt]*[!0].tsv", _pairs),
     "geo_funql": ("**/geo_funql_*.tsv", _pairs),
     "atis_funql": ("**/atis_funql_*.tsv", _pairs),
-    "jobs_funql": ("**/jobs_funql_*.tsv", _pairs),
+    # The corrected files; those without the suffix are their first versions.
+    "job_funql": ("**/job_funql_*_fixed.tsv", _pairs),
     "shakespearizing": ("**/*.modern.nltktok", _shakespeare),
     "gpt2_output": ("**/*.jsonl", _gpt2),
-    "dialoglue_banking": ("**/*.csv", _intents),
-    "dialoglue_clinc": ("**/*.csv", _intents),
-    "dialoglue_hwu": ("**/*.csv", _intents),
+    # Not train_5.csv and train_10.csv, few-shot draws from train.csv.
+    "dialoglue_banking": ("**/*[!0-9].csv", _intents),
+    "dialoglue_clinc": ("**/*[!0-9].csv", _intents),
+    "dialoglue_hwu": ("**/*[!0-9].csv", _intents),
     "wned": ("**/wned*.jsonl", _kilt),
     "aidayago2": ("**/aidayago2*.jsonl", _kilt),
     "wikipedia_toxicity_subtypes": ("**/*.csv", _toxicity),

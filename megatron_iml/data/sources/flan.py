@@ -153,7 +153,9 @@ def _form(row: dict[str, Any], pattern: Pattern, counts: TaskCounts) -> Form | s
     options = as_texts(row.get("options", []), counts)
     if options is None:
         return "options are not texts"
-    fields = {"options_": "OPTIONS:\n" + "\n".join(f"- {option}" for option in options)} if options else {}
+    listed = "OPTIONS:\n" + "\n".join(f"- {option}" for option in options)
+    # ReCoRD's templates have a name of their own for it.
+    fields = {"options_": listed, "options_str": listed} if options else {}
     for _, field, _, _ in Formatter().parse(pattern.source + pattern.target):
         if field is None or field in fields:
             continue

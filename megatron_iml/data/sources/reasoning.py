@@ -173,17 +173,18 @@ class DataSet(NamedTuple):
     instruction: str = QUESTION_INSTRUCTION
 
 
+# "[nv].json" are train.json and dev.json: beside them lie paragraphs, configs, and tests without answers.
 DATA_SETS: Mapping[str, DataSet] = {
     "aqua": DataSet("**/*.json", partial(_rows, _aqua), MATH_INSTRUCTION),
     "coqa": DataSet("**/coqa-*.json", _coqa),
     "cos_e": DataSet("**/*_rand_split.jsonl", cos_e),
-    "creak": DataSet("**/*.json", partial(_rows, _creak)),
+    "creak": DataSet("**/*[nv].json", partial(_rows, _creak)),
     "ecqa": DataSet("**/cqa_data*.csv", partial(_rows, _ecqa)),
     "e_snli": DataSet("**/*1.*", e_snli),
     "math": DataSet("**/*.json", _math, MATH_INSTRUCTION),
     "proofwriter": DataSet("**/*.jsonl", _proof_writer),
     "qasc": DataSet("**/*.jsonl", partial(_rows, _qasc)),
     "qed": DataSet("**/*.jsonlines", partial(_rows, _qed)),
-    "strategyqa": DataSet("**/*.json", partial(_rows, _strategy_qa)),
+    "strategyqa": DataSet("**/*[nv].json", partial(_rows, _strategy_qa)),
     "winowhy": DataSet("**/winowhy.json", wino_why),
 }
