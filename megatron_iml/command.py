@@ -38,12 +38,12 @@ def quiet_engine() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def refuse(mistake: Exception) -> int:
+def refuse(mistake: Exception, status: int = MISTAKE) -> int:
     """Say what is wrong and return the exit status."""
     # Under a launcher every rank has found the same mistake: one of them says it.
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {mistake}", file=sys.stderr)
-    return MISTAKE
+    return status
 
 
 def run_command(command: Callable[[], None]) -> int:

@@ -57,7 +57,7 @@ def answer(arguments: argparse.Namespace) -> None:
     import orjson
 
     from megatron_iml.config import load_config
-    from megatron_iml.evaluation.files import write_atomically
+    from megatron_iml.data.files import write_atomically
     from megatron_iml.evaluation.generation import generate
     from megatron_iml.evaluation.open_model import open_model
     from megatron_iml.evaluation.prompts import prompt_rules

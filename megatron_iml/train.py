@@ -15,7 +15,8 @@ from megatron_iml.config.explain import explain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 2 a mistake in the input, 75 stopped by a signal.
+    """Run the command; returns the exit status: 0 done, 1 the last checkpoint could not be written, 2 a
+    mistake in the input, 75 stopped by a signal.
 
     Anything else is an exception with its traceback, on the rank that met it.
     """
@@ -66,6 +67,7 @@ def dry_run(config: Config, world_size: int) -> int:
 def run(config: Config) -> int:
     """Train with a checked configuration."""
     # torch and megatron-core take seconds to import: not before the arguments are known to be right.
+    from megatron_iml.checkpoint.background import SaveFailed
     from megatron_iml.parallel.groups import start_distributed, stop_distributed
     from megatron_iml.training.agree import AgreedMistake
     from megatron_iml.training.loop import train
@@ -81,7 +83,12 @@ def run(config: Config) -> int:
     except AgreedMistake as mistake:
         stop_distributed()
         return refuse(mistake)
-    finished = train(prepared)
+    try:
+        finished = train(prepared)
+    except SaveFailed as failure:
+        # Known to every rank, so that all leave together.
+        stop_distributed()
+        return refuse(failure, status=1)
     # Not in a `finally`: one rank that fails alone would wait here for the others, who wait in a collective,
     # and its traceback would not be seen. It dies instead, and the launcher ends the rest.
     stop_distributed()

@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_iml.config import ModelConfig
 
 from .parameter_map import Parameter, parameters
+from .record import read_record
 from .source import Prefix, check_complete
-from .store import read_record
 from .stored_tensor import MappedFile, StoredTensor
 from .torch_archive import read_archive
 
@@ -48,7 +48,7 @@ class NativeSource:
         """
         record = read_record(path)
         self.path = path
-        self.model = ModelConfig(**record["config"]["model"])
+        self.model = ModelConfig(**record.config["model"])
         self.prefix: Prefix | None = self.model.inference_prefix
         self._metadata = _read_metadata(path)
         self._stored: dict[str, TensorStorageMetadata] = {

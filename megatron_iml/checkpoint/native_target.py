@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import __version__ as engine_version
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
@@ -36,8 +35,9 @@ from megatron_iml.config import Config, ModelConfig, TrainingConfig
 from .file_plan import TensorSpec, side_by_side, torch_archive
 from .native import native_key, stacked_shape
 from .parameter_map import Parameter, groups
-from .store import FORMAT_VERSION, RunState
+from .record import Record, RunState, describe_file, now, write_record
 from .target import Piece, Target
+from .versions import versions
 
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -128,10 +128,13 @@ def _texts(metadata: Metadata) -> dict[str, bytes]:
 
 
 def _mark_complete(folder: Path, config: Config) -> None:
-    record = {
-        "format_version": FORMAT_VERSION,
-        "state": asdict(RunState(0, 0, "")),
-        "config": asdict(config),
-        "versions": {"torch": torch.__version__, "megatron_core": engine_version},
-    }
-    (folder / "complete.json").write_text(json.dumps(record, indent=1))
+    record = Record(
+        state=RunState(0, 0, "", ""),
+        config=asdict(config),
+        world_size=1,
+        versions=versions(),
+        validation={},
+        saved_at=now(),
+        files={path.name: describe_file(path) for path in sorted(folder.iterdir())},
+    )
+    write_record(folder, record)

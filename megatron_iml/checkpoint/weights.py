@@ -17,8 +17,9 @@ from megatron_iml.training.agree import on_every_rank
 
 from .conversion import fit_vocabulary
 from .formats import is_foreign, open_source
+from .load import check_share_of_files, load_weights
 from .parameter_map import WORD_EMBEDDING, parameters
-from .store import check_same_shape, load_weights, read_record
+from .record import check_same_shape, read_record
 
 
 def fill_weights(folder: Path, chunks: Sequence[OPTModel], model: ModelConfig, layout: Layout) -> None:
@@ -32,6 +33,7 @@ def fill_weights(folder: Path, chunks: Sequence[OPTModel], model: ModelConfig, l
     if is_foreign(folder):
         on_every_rank(lambda: fill_from_source(folder, chunks, model, layout))
     else:
+        on_every_rank(lambda: check_share_of_files(folder, read_record(folder), weights_only=True))
         # Ranks read a native checkpoint together: not inside on_every_rank.
         load_weights(folder, chunks, model)
 
@@ -61,7 +63,7 @@ def check_weights(folder: Path, model: ModelConfig) -> None:
             "(.../checkpoints/iter_0004000), or set model.initialisation=random for a random start"
         )
     if not is_foreign(folder):
-        check_same_shape(folder, read_record(folder)["config"]["model"], model)
+        check_same_shape(folder, read_record(folder).config["model"], model)
         return
     theirs = vars(open_source(folder, model.num_attention_heads).model)
     # Rows that only pad the vocabulary may be more here; an id that has no row there cannot be.

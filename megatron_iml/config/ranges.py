@@ -50,7 +50,7 @@ RANGES: tuple[Range, ...] = (
     *_at_least(1, "training.steps", "training.global_batch_positions", "training.log_interval"),
     # 0 means "only after the last step" for intervals.
     *_at_least(0, "training.seed", "training.validation_interval"),
-    *_at_least(0, "checkpoint.save_interval"),
+    *_at_least(0, "checkpoint.save_interval", "checkpoint.keep_every", "checkpoint.keep_best"),
     *_at_least(1, "checkpoint.keep_last"),
     *_at_least(0, "evaluation.examples_per_task"),
     *_at_least(1, "evaluation.max_new_tokens", "evaluation.generation_batch_size"),

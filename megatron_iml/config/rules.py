@@ -176,6 +176,40 @@ def loss_scale_has_room(config: Config, world_size: int) -> str | None:
     return problem("optimizer.initial_loss_scale", first, allowed, "raise optimizer.initial_loss_scale")
 
 
+def kept_steps_are_saved(config: Config, world_size: int) -> str | None:
+    """Steps to keep for good are steps that are saved."""
+    every, interval = config.checkpoint.keep_every, config.checkpoint.save_interval
+    if every == 0 or (interval and every % interval == 0):
+        return None
+    allowed = f"a multiple of checkpoint.save_interval {interval}" if interval else "0 without save_interval"
+    return problem("checkpoint.keep_every", every, allowed, "change checkpoint.keep_every")
+
+
+def best_checkpoint_has_a_loss(config: Config, world_size: int) -> str | None:
+    """The best checkpoints are known by validation losses of their own steps."""
+    checkpoint, interval = config.checkpoint, config.training.validation_interval
+    plans = config.data.validation_plans
+    measured = interval > 0 and checkpoint.save_interval % interval == 0
+    if checkpoint.keep_best == 0 or (measured and plans):
+        return None
+    return problem(
+        "checkpoint.keep_best",
+        f"{checkpoint.keep_best} with checkpoint.save_interval {checkpoint.save_interval}, "
+        f"training.validation_interval {interval} and {len(plans)} data.validation_plans",
+        "more than 0 only if every step that is saved is validated",
+        "name validation plans and make save_interval a multiple of validation_interval",
+    )
+
+
+def best_level_is_measured(config: Config, world_size: int) -> str | None:
+    """The level that decides has a plan."""
+    level, plans = config.checkpoint.best_level, config.data.validation_plans
+    if level is None or level in plans:
+        return None
+    allowed = f"null or one of data.validation_plans: {', '.join(plans) or 'there are none'}"
+    return problem("checkpoint.best_level", level, allowed, "change checkpoint.best_level")
+
+
 TRAINING_RULES: tuple[Rule, ...] = (
     recompute_fits_chunk,
     overlapped_gather_has_what_it_needs,
@@ -187,4 +221,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     warmup_fits_run,
     learning_rate_decays,
     loss_scale_has_room,
+    kept_steps_are_saved,
+    best_checkpoint_has_a_loss,
+    best_level_is_measured,
 )

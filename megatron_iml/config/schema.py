@@ -156,7 +156,13 @@ class CheckpointConfig:
     save_interval: int = 0
     """Steps between checkpoints; 0 means only after the last step."""
     keep_last: int = 3
-    """Complete checkpoints kept; older ones are removed after a newer one is complete."""
+    """Newest complete checkpoints kept; older ones are removed after a newer one is complete."""
+    keep_every: int = 0
+    """Steps: complete checkpoints at multiples of this stay for good; 0 means none does."""
+    keep_best: int = 0
+    """Complete checkpoints with the lowest validation loss that stay; 0 means the loss decides nothing."""
+    best_level: str | None = None
+    """Level of data.validation_plans whose loss decides what is best; null means the mean over all levels."""
     asynchronous: bool = True
     """Write files in the background while training goes on."""
     resume: bool = True

@@ -14,16 +14,15 @@ megatron-core's `IndexedDataset` reads both files. Not used here: importing it c
 Suffixes: S sequences, D documents, T tokens.
 """
 
-import hashlib
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_iml.data.files import HashingFile
 
 UInt16 = NDArray[np.uint16]
 
@@ -46,26 +45,6 @@ class ShardSummary:
     idx_sha256: str
 
 
-class _HashingFile:
-    """A binary file being written whose SHA-256 is known at the end without reading it again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: BinaryIO = path.open("wb")
-        self._digest = hashlib.sha256()
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-
-    def close(self) -> str:
-        self._file.flush()
-        # Renaming comes next: a crash must not leave a full name on empty blocks.
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self._digest.hexdigest()
-
-
 class ShardWriter:
     """Streams documents into one shard; `close` makes it visible under its name, nothing before does.
 
@@ -75,7 +54,7 @@ class ShardWriter:
     def __init__(self, stem: Path, vocab_size: int) -> None:
         self._stem = stem
         self._vocab_size = vocab_size
-        self._bin = _HashingFile(stem.with_suffix(".bin.partial"))
+        self._bin = HashingFile(stem.with_suffix(".bin.partial"))
         self._sizes_path = stem.with_suffix(".sizes.partial")
         self._counts_path = stem.with_suffix(".counts.partial")
         self._sizes_file = self._sizes_path.open("wb")
@@ -118,7 +97,7 @@ class ShardWriter:
         return ShardSummary(self._documents, self._sequences, self._tokens, bin_sha256, idx_sha256)
 
     def _write_index(self, path: Path) -> str:
-        index = _HashingFile(path)
+        index = HashingFile(path)
         index.write(HEADER.pack(MAGIC, VERSION, DTYPE_CODE_UINT16, self._sequences, self._documents + 1))
         for sizes in _slices(self._sizes_path):
             index.write(sizes.tobytes())

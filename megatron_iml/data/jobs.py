@@ -22,6 +22,8 @@ from typing import Any
 
 import orjson
 
+from megatron_iml.data.files import write_atomically
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -52,10 +54,7 @@ WHOLE = Job()
 
 def write_json(path: Path, value: object) -> None:
     """Write a file that is either whole or absent."""
-    # Renamed at the end: what is read back after a kill is never half a file.
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2))
-    partial.replace(path)
+    write_atomically(path, orjson.dumps(value, option=orjson.OPT_INDENT_2))
 
 
 def finished_record(path: Path, origin: object) -> dict[str, Any] | None:

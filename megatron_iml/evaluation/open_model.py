@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_iml.checkpoint.formats import is_foreign
-from megatron_iml.checkpoint.store import RunState, read_record
+from megatron_iml.checkpoint.record import read_record
 from megatron_iml.checkpoint.weights import fill_weights
 from megatron_iml.config import Config, ParallelConfig, check_layout
 from megatron_iml.data.tokenizer import Tokenizer
@@ -167,7 +167,7 @@ def _weights_folder(config: Config, checkpoint: str) -> Path | None:
 
 
 def _check_prefix(config: Config, folder: Path) -> None:
-    theirs = read_record(folder)["config"]["model"]["inference_prefix"]
+    theirs = read_record(folder).config["model"]["inference_prefix"]
     if theirs != config.model.inference_prefix:
         raise ValueError(
             f"model.inference_prefix: got {config.model.inference_prefix}; allowed: {theirs}, which the "
@@ -176,7 +176,7 @@ def _check_prefix(config: Config, folder: Path) -> None:
 
 
 def _check_tokenizer(config: Config, folder: Path, tokenizer: Tokenizer) -> None:
-    theirs = RunState(**read_record(folder)["state"]).tokenizer_sha256
+    theirs = read_record(folder).state.tokenizer_sha256
     # Another vocabulary of the same size would give every prompt other words, and a score without a warning.
     if theirs and theirs != tokenizer.sha256:
         raise ValueError(

@@ -17,9 +17,9 @@ from typing import Any
 
 import orjson
 
+from megatron_iml.data.files import write_atomically
 from megatron_iml.evaluation.aggregate import Aggregate, Estimate, TaskScore, aggregate
 from megatron_iml.evaluation.conditions import RESULT_FORMAT_VERSION, Conditions
-from megatron_iml.evaluation.files import write_atomically
 from megatron_iml.evaluation.plots import plot_levels, plot_loss
 from megatron_iml.evaluation.tables import report_tables, to_markdown
 

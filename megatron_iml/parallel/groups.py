@@ -132,7 +132,8 @@ def place_in_grid(config: Config, device: torch.device) -> Layout:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         # megatron-core takes whole minutes, and 0 would end every collective.
         distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
-        create_gloo_process_groups=dist.get_backend() != "fake",
+        # Second groups on the host beside those below: a checkpoint gathers nothing, so none is ever used.
+        create_gloo_process_groups=False,
     )
     # The block forks this tracker under sequence parallelism. Our masks never draw from it.
     model_parallel_cuda_manual_seed(config.training.seed)

@@ -29,18 +29,24 @@ def on_every_rank(action: Callable[[], Result]) -> Result:
     except (ValueError, OSError) as error:
         # An error without words must still count as one.
         message = str(error) or repr(error)
+    failure = agreed_failure(message)
+    if failure is not None:
+        raise AgreedMistake(failure)
+    return result  # type: ignore[return-value]
+
+
+def agreed_failure(message: str | None) -> str | None:
+    """What went wrong on any rank, the same text on all; None if nothing did anywhere. A collective."""
     # Also when all is well: the ranks cannot know that before they have asked.
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     failed = {
         text: [rank for rank, other in enumerate(messages) if other == text] for text in messages if text
     }
-    if failed:
-        everywhere = len(next(iter(failed.values()))) == len(messages)
-        raise AgreedMistake(
-            "\n".join(text if everywhere else f"rank {ranks[0]}: {text}" for text, ranks in failed.items())
-        )
-    return result  # type: ignore[return-value]
+    if not failed:
+        return None
+    everywhere = len(next(iter(failed.values()))) == len(messages)
+    return "\n".join(text if everywhere else f"rank {ranks[0]}: {text}" for text, ranks in failed.items())
 
 
 def disagreement(values: Mapping[int, Hashable]) -> str | None:

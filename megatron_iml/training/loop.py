@@ -37,7 +37,8 @@ def train(run: Run) -> bool:
         for line in run.introduction():
             reporter.say(line)
         last_step = _train_steps(run, reporter)
-        run.store.wait()
+        for line in run.store.wait():
+            reporter.say(line)
     return last_step == config.training.steps
 
 
@@ -62,14 +63,18 @@ def _train_steps(run: Run, reporter: Reporter) -> int:
         is_last = state.step == steps
         # A signal leaves minutes: they are for the checkpoint, unless this is the last chance to validate.
         wants_validation = is_last or (_due(state.step, config.training.validation_interval) and not stopped)
+        losses: dict[str, float] = {}
         # Before the save: a checkpoint that is there never lacks its validation in the trace.
         if run.validation_loaders and wants_validation:
-            reporter.validation(state.step, validation_losses(engine, run.validation_loaders))
+            losses = validation_losses(engine, run.validation_loaders)
+            reporter.validation(state.step, losses)
+        said = []
         # Once, whichever reasons meet: a second save of a step would start by removing the first.
         if is_last or stopped or _due(state.step, config.checkpoint.save_interval):
-            reporter.say(f"  saving {run.store.save(engine, state)}")
+            said += run.store.save(engine, state, losses)
         # A finished save is marked complete here, at most one step late.
-        run.store.poll()
+        for line in [*said, *run.store.poll()]:
+            reporter.say(line)
     return state.step
 
 

@@ -5,14 +5,17 @@
     ranks
 
 Two remedies for megatron-core 0.16.1 live here, both for checkpoints that reshard: our Adam (`adam.py`) takes
-the place of torch's, and `PaddedBucketOptimizer` puts back the padding between gradient buckets that a save
-leaves out.
+the place of torch's, and `ReshardableOptimizer` saves and loads each data rank's own slices of the state,
+where megatron-core gathers all of them on every rank, and shifts them where a gradient bucket is padded.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -27,41 +30,85 @@ from megatron_iml.model.opt import OPTModel
 from megatron_iml.model.transformer_config import PRECISIONS
 
 from .adam import Adam
+from .boxes import boxes_of_range
+
+STATE_PREFIX = "optimizer.state."
+"""What the names of optimizer state begin with in a checkpoint; then `param.`, `exp_avg.` or `exp_avg_sq.`"""
 
 
-class PaddedBucketOptimizer(DistributedOptimizer):
-    """A distributed optimizer whose reshardable save survives padded gradient buckets.
+class ReshardableOptimizer(DistributedOptimizer):
+    """A distributed optimizer that saves its state in the form of the parameters, from where it lies.
 
-    megatron-core packs the buckets' states without the padding between them, then cuts out each parameter at
-    offsets that include it: with any padded bucket but the last, every later parameter is saved shifted,
-    silently. Overlapped reduction, a tied embedding under a pipeline (a bucket of its own) and data-parallel
-    sizes that are not powers of two all cause it.
+    megatron-core's `fully_reshardable` form is kept: a tensor per parameter and kind of state, which any
+    layout can read. What changes is the way there. megatron-core gathers the whole state on every data rank
+    (12 bytes a parameter of host memory each, at every save and load) and packs buckets without the padding
+    between them, but cuts parameters out at offsets that include it: with any padded bucket but the last,
+    every later parameter is saved shifted, silently. Overlapped reduction, a tied embedding under a pipeline
+    (a bucket of its own) and data-parallel sizes that are not powers of two all cause it. Here every rank
+    writes the boxes that its own ranges of the parameters make up: nothing is gathered, and no offset into a
+    buffer is used.
     """
 
-    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
-        """megatron-core's gathered state, with every bucket at the offset its parameters are cut out at."""
-        state = super().get_parameter_state_dp_zero(*args, **kwargs)
-        if state is None:
-            return None
-        for index, buffer in enumerate(self.buffers):
-            for tensors in state[index].values():
-                for key, packed in tensors.items():
-                    # Beside the packed states lie plain numbers about the buffer.
-                    if isinstance(packed, torch.Tensor) and packed.dim() == 1:
-                        tensors[key] = _restore_padding(packed, buffer)
+    def sharded_param_state_fully_reshardable(
+        self,
+        model_sharded_state_dict: dict[str, Any],
+        is_loading: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, list[ShardedTensor]]:
+        """This rank's fp32 weights and moments; a load fills these very tensors."""
+        values = nested_values(model_sharded_state_dict)
+        sharded = {value.data: value for value in values if isinstance(value, ShardedTensor)}
+        state: dict[str, list[ShardedTensor]] = {}
+        for parameter, held in self._held_ranges():
+            # Adam keeps its step count elsewhere, so that all of these are tensors of the range's length.
+            for kind, flat in self._get_main_param_and_optimizer_states(parameter).items():
+                whole = sharded[parameter]
+                state[f"{len(state)}.{kind}.{whole.key}"] = _boxes_of_state(kind, flat, held.start, whole)
         return state
 
+    def load_parameter_state_from_fully_reshardable(self, state_dict: dict[str, Any]) -> None:
+        """Nothing is left to do: the tensors above were filled in place."""
 
-def _restore_padding(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
-    padded = packed.new_zeros(buffer.numel)
-    offset = 0
-    for bucket in buffer.buckets:
-        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[
-            offset : offset + bucket.numel_unpadded
-        ]
-        offset += bucket.numel_unpadded
-    assert offset == packed.numel(), f"buckets hold {offset} elements, the gathered state {packed.numel()}"
-    return padded
+    def _held_ranges(self) -> Iterator[tuple[torch.nn.Parameter, Any]]:
+        """Each parameter of which this data rank owns a part, and that part of its flattened elements."""
+        for buckets_of_dtype in self.gbuf_ranges:
+            for buckets in buckets_of_dtype.values():
+                for bucket in buckets:
+                    for parameter, ranges in bucket["param_map"].items():
+                        yield parameter, ranges["param"]
+
+
+def _boxes_of_state(kind: str, flat: torch.Tensor, start: int, whole: ShardedTensor) -> list[ShardedTensor]:
+    """A range of state, `flat`, as boxes of the tensor that belongs to the parameter `whole`.
+
+    Args:
+        kind: param, exp_avg or exp_avg_sq.
+        flat: fp32 [elements of the range].
+        start: where the range begins in this rank's flattened part of the parameter.
+        whole: this rank's part of the parameter, with its place in the whole one.
+    """
+    # Layers of one kind are one tensor: its first axis, which the parameter lacks, is the layer's number.
+    stacked, place = (1,) * whole.prepend_axis_num, whole.global_offset
+    boxes, taken = [], 0
+    for offset, size in boxes_of_range(whole.local_shape, start, start + len(flat)):
+        data = flat[taken : taken + math.prod(size)].view(*stacked, *size)
+        taken += data.numel()
+        local = (*[0] * len(stacked), *offset)
+        boxes.append(
+            ShardedTensor(
+                key=f"{STATE_PREFIX}{kind}.{whole.key}",
+                data=data,
+                dtype=data.dtype,
+                local_shape=tuple(data.shape),
+                global_shape=whole.global_shape,
+                global_offset=tuple(a + b for a, b in zip(place, local, strict=True)),
+                # Boxes of uneven sizes are no grid.
+                axis_fragmentations=None,
+                # No other data rank has this range; the copy of a tied embedding stays a copy.
+                replica_id=(*whole.replica_id[:-1], 0),
+            )
+        )
+    return boxes
 
 
 def wrap_model(chunks: Sequence[OPTModel], config: Config) -> list[DistributedDataParallel]:
@@ -104,9 +151,7 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) 
         use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    chained = get_megatron_optimizer(
-        engine_config, list(wrapped), use_gloo_process_groups=torch.distributed.get_backend() != "fake"
-    )
+    chained = get_megatron_optimizer(engine_config, list(wrapped), use_gloo_process_groups=False)
     assert isinstance(chained, ChainedOptimizer), (
         f"megatron-core built a {type(chained).__name__}, not a chain"
     )
@@ -115,7 +160,7 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) 
         assert type(optimizer) is DistributedOptimizer, f"unexpected optimizer {type(optimizer).__name__}"
         optimizer.optimizer = Adam(optimizer.optimizer.param_groups, betas, optimizer_config.adam_eps)
         # megatron-core offers no way to name the class; state and attributes stay as built.
-        optimizer.__class__ = PaddedBucketOptimizer
+        optimizer.__class__ = ReshardableOptimizer
     connect_schedule(wrapped, chained, config)
     return chained
 

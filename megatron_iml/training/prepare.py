@@ -8,14 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_iml.checkpoint.store import (
-    CheckpointStore,
-    RunState,
-    check_same_shape,
-    load_run,
-    newest_checkpoint,
-    read_record,
-)
+from megatron_iml.checkpoint.load import check_share_of_files, load_run, newest_checkpoint
+from megatron_iml.checkpoint.record import RunState, check_same_shape, read_record
+from megatron_iml.checkpoint.store import CheckpointStore
 from megatron_iml.checkpoint.weights import check_weights, fill_weights
 from megatron_iml.config import Config, micro_batches_per_step, parameter_count, rows_per_step, save_config
 from megatron_iml.data.corpus import Corpus
@@ -43,6 +38,8 @@ class Run:
     state: RunState
     start: str
     """Where the weights came from."""
+    tidied: list[str]
+    """What was done about an earlier run that died."""
 
     def introduction(self) -> Iterator[str]:
         """The lines a run opens with."""
@@ -58,6 +55,7 @@ class Run:
         )
         if self.state.step:
             yield f"resumed after step {self.state.step}"
+        yield from self.tidied
         if self.config.training.self_test:
             yield "self-test passed: no document sees another on this layout"
 
@@ -65,13 +63,14 @@ class Run:
 def prepare(config: Config, layout: Layout) -> Run:
     """Open, build, fill and prove."""
     directory = Path(config.training.output_directory)
-    checkpoint = config.checkpoint
     train_loader, validation_loaders = on_every_rank(lambda: _open_data(config))
     plan = train_loader.plan
     on_every_rank(lambda: choose_ops(config.model.kernel_backend, layout.device))
-    store = CheckpointStore(directory / "checkpoints", checkpoint.keep_last, checkpoint.asynchronous)
+    store = CheckpointStore(directory / "checkpoints", config.checkpoint)
     newest = newest_checkpoint(store.directory)
     on_every_rank(lambda: _check_start(config, newest, plan))
+    if newest is not None:
+        on_every_rank(lambda: check_share_of_files(newest, read_record(newest), weights_only=False))
     # From here on ranks wait for one another in collectives, so nothing below is a user's to get wrong.
     engine = build_engine(config, layout)
     state, start = _fill(engine, newest, train_loader)
@@ -82,20 +81,14 @@ def prepare(config: Config, layout: Layout) -> Run:
     if layout.rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
         save_config(config, directory / "config.yaml")
-    return Run(config, directory, engine, store, train_loader, validation_loaders, state, start)
+    tidied = store.tidy()
+    return Run(config, directory, engine, store, train_loader, validation_loaders, state, start, tidied)
 
 
 def _open_data(config: Config) -> tuple[Loader, dict[str, Loader]]:
-    data, needed = config.data, rows_per_step(config) * config.training.steps
+    data = config.data
     assert data.train_corpus and data.train_plan, "check_config asks for both"
     train_loader = open_loader(Path(data.train_corpus), Path(data.train_plan), config)
-    if train_loader.plan.num_rows < needed:
-        raise ValueError(
-            f"data.train_plan {data.train_plan} has {train_loader.plan.num_rows} rows; "
-            f"{config.training.steps} steps of "
-            f"{rows_per_step(config)} rows need {needed}: build a plan with --rows {needed}, or lower "
-            "training.steps"
-        )
     validation = {
         level: open_loader(Path(data.validation_corpus or ""), Path(plan), config)
         for level, plan in data.validation_plans.items()
@@ -132,7 +125,13 @@ def open_loader(corpus_folder: Path, plan_folder: Path, config: Config) -> Loade
 
 def _check_start(config: Config, newest: Path | None, plan: Plan) -> None:
     """Refuse weights that do not fit the model, and a checkpoint that this run cannot go on from."""
+    steps, rows = config.training.steps, rows_per_step(config)
     if newest is None:
+        if plan.num_rows < steps * rows:
+            raise ValueError(
+                f"data.train_plan {config.data.train_plan} has {plan.num_rows} rows; {steps} steps of {rows} "
+                f"rows need {steps * rows}: build a plan with --rows {steps * rows}, or lower training.steps"
+            )
         if config.checkpoint.initial_weights is not None:
             check_weights(Path(config.checkpoint.initial_weights), config.model)
         return
@@ -142,8 +141,8 @@ def _check_start(config: Config, newest: Path | None, plan: Plan) -> None:
             "false: name another training.output_directory, or resume"
         )
     record = read_record(newest)
-    check_same_shape(newest, record["config"]["model"], config.model)
-    state, steps = RunState(**record["state"]), config.training.steps
+    check_same_shape(newest, record.config["model"], config.model)
+    state = record.state
     if state.plan_fingerprint != plan.fingerprint:
         raise ValueError(
             f"checkpoint {newest} was trained on plan {state.plan_fingerprint}, data.train_plan is "
@@ -155,11 +154,11 @@ def _check_start(config: Config, newest: Path | None, plan: Plan) -> None:
             f"{state.step} or more; raise training.steps, or name another training.output_directory"
         )
     # A batch that changed since the checkpoint was saved moves the end.
-    needed = state.rows_consumed + (steps - state.step) * rows_per_step(config)
+    needed = state.rows_consumed + (steps - state.step) * rows
     if needed > plan.num_rows:
         raise ValueError(
             f"data.train_plan {config.data.train_plan} has {plan.num_rows} rows; {state.rows_consumed} are "
-            f"consumed and {steps - state.step} steps of {rows_per_step(config)} rows are left, {needed} in "
+            f"consumed and {steps - state.step} steps of {rows} rows are left, {needed} in "
             "all: lower training.steps or training.global_batch_positions"
         )
 
@@ -178,4 +177,5 @@ def _fill(engine: Engine, newest: Path | None, train_loader: Loader) -> tuple[Ru
         start = f"from {folder}"
     # The fp32 master weights were copied from the model before it was filled.
     engine.optimizer.reload_model_params()
-    return RunState(0, 0, train_loader.plan.fingerprint, train_loader.corpus.tokenizer_sha256), start
+    plan, corpus = train_loader.plan, train_loader.corpus
+    return RunState(0, 0, plan.fingerprint, plan.corpus_fingerprint, corpus.tokenizer_sha256), start

@@ -49,8 +49,9 @@ def train_step(
     # fp16 skips a step that overflows and goes on with a lower scale; an update made of NaN is the end.
     if updated and not math.isfinite(loss + float(grad_norm)):
         raise FloatingPointError(
-            f"loss {loss} with gradient norm {grad_norm}: the run has diverged; go on from an earlier "
-            "checkpoint with a lower optimizer.learning_rate"
+            f"loss {loss} with gradient norm {grad_norm}: the run has diverged. The same command would go on "
+            f"from the newest checkpoint: remove those in {engine.config.training.output_directory}"
+            "/checkpoints from after the losses went wrong, and lower optimizer.learning_rate"
         )
     # Elsewhere it is 1, but on the device: reading it would wait for the whole update.
     scaled = engine.config.training.precision == "fp16"

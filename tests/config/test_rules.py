@@ -49,6 +49,11 @@ TP = "parallel.tensor_model_parallel_size="
 PP = "parallel.pipeline_model_parallel_size="
 VP = "parallel.virtual_pipeline_model_parallel_size="
 GROUPS_OF_3 = ("parallel.recompute_num_layers=3",)
+VALIDATED = (
+    "data.validation_corpus=c",
+    "data.validation_plans={fully_held_out: p}",
+    "training.validation_interval=2",
+)
 RECOMPUTE = ("parallel.recompute_granularity=full", "parallel.recompute_method=")
 
 
@@ -70,6 +75,9 @@ RECOMPUTE = ("parallel.recompute_granularity=full", "parallel.recompute_method="
         (1, ("model.max_position_embeddings=128",)),  # or shorter
         (1, ("optimizer.warmup_steps=10", "optimizer.warmup_steps=0")),
         (1, ("optimizer.min_loss_scale=256",)),  # of no interest outside fp16
+        (1, ("checkpoint.save_interval=10", "checkpoint.keep_every=30")),
+        (1, (*VALIDATED, "checkpoint.save_interval=4", "checkpoint.keep_best=2")),
+        (1, (*VALIDATED, "checkpoint.save_interval=4", "checkpoint.best_level=fully_held_out")),
     ],
 )
 def test_configs_that_fit(world_size: int, overrides: tuple[str, ...]) -> None:
@@ -184,6 +192,23 @@ CASES = {
         1,
         ("training.precision=fp16", "optimizer.initial_loss_scale=1", "optimizer.min_loss_scale=2"),
         "optimizer.initial_loss_scale: got 1.0; allowed: at least optimizer.min_loss_scale 2.0; raise ",
+    ),
+    "kept_steps_are_saved": (
+        1,
+        ("checkpoint.save_interval=10", "checkpoint.keep_every=25"),
+        "checkpoint.keep_every: got 25; allowed: a multiple of checkpoint.save_interval 10; change ",
+    ),
+    "best_checkpoint_has_a_loss": (
+        1,
+        (*VALIDATED, "checkpoint.save_interval=5", "checkpoint.keep_best=1"),
+        "checkpoint.keep_best: got 1 with checkpoint.save_interval 5, training.validation_interval 2 and 1 "
+        "data.validation_plans; allowed: more than 0 only if every step that is saved is validated; name ",
+    ),
+    "best_level_is_measured": (
+        1,
+        (*VALIDATED, "checkpoint.best_level=fully_supervised"),
+        "checkpoint.best_level: got fully_supervised; allowed: null or one of data.validation_plans: "
+        "fully_held_out; change checkpoint.best_level",
     ),
 }
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,7 +18,9 @@ import torch
 from helpers import tiny_config
 from torch import Tensor
 
-from megatron_iml.config import Config, DataConfig, OptimizerConfig, ParallelConfig
+from megatron_iml.checkpoint.record import RunState
+from megatron_iml.checkpoint.store import CheckpointStore
+from megatron_iml.config import CheckpointConfig, Config, DataConfig, OptimizerConfig, ParallelConfig
 from megatron_iml.data.loader import Piece, Row, assemble_row
 from megatron_iml.model import build
 from megatron_iml.model.initialise import initialise
@@ -112,6 +115,27 @@ def fresh_engine(config: Config) -> Engine:
     initialise(engine.chunks, config.model, config.training.seed, layout)
     engine.optimizer.reload_model_params()
     return engine
+
+
+def state_at(step: int) -> RunState:
+    """After so many steps of these rows."""
+    return RunState(step, ROWS_PER_STEP * step, "plan", "corpus")
+
+
+def save(engine: Engine, folder: Path, step: int) -> Path:
+    """A checkpoint that is there when this returns."""
+    CheckpointStore(folder, CheckpointConfig(asynchronous=False)).save(engine, state_at(step), {})
+    return folder / f"iter_{step:07d}"
+
+
+def weights_of(engine: Engine) -> list[Tensor]:
+    """Copies of this rank's parameters."""
+    return [parameter.detach().clone() for chunk in engine.chunks for parameter in chunk.parameters()]
+
+
+def same_bits(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether two lists of tensors hold the same values."""
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @contextmanager

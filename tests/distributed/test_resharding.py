@@ -15,13 +15,13 @@ from megatron.core import dist_checkpointing
 from pool import Pool
 from torch import Tensor
 
+from megatron_iml.checkpoint.load import load_run
 from megatron_iml.checkpoint.parameter_map import TABLE
-from megatron_iml.checkpoint.store import CheckpointStore, RunState, load_run
-from megatron_iml.config import Config, ParallelConfig
+from megatron_iml.checkpoint.store import CheckpointStore
+from megatron_iml.config import CheckpointConfig, Config, ParallelConfig
 from megatron_iml.model.initialise import initialise
 
 SAVED, LAST = range(3), range(3, 6)
-STATE = RunState(step=3, rows_consumed=12, plan_fingerprint="abc")
 SINGLE = ParallelConfig()
 TP2_PP2 = ParallelConfig(
     tensor_model_parallel_size=2,
@@ -39,8 +39,8 @@ def save_and_go_on(config: Config, folder: Path) -> runs.Outcome:
     """Three steps, a save in the background, three more steps while it is written."""
     engine = runs.fresh_engine(config)
     runs.take_steps(engine, SAVED)
-    store = CheckpointStore(folder, keep_last=1, asynchronous=True)
-    store.save(engine, STATE)
+    store = CheckpointStore(folder, CheckpointConfig())
+    store.save(engine, runs.state_at(3), {})
     steps = runs.take_steps(engine, LAST)
     store.wait()
     return runs.outcome(engine, steps)
@@ -53,8 +53,8 @@ def load_and_go_on(config: Config, folder: Path, again: Path) -> runs.Outcome:
     initialise(engine.chunks, config.model, 99, engine.layout)
     engine.optimizer.reload_model_params()
     runs.take_steps(engine, range(7, 8))
-    assert load_run(folder / "iter_0000003", engine) == STATE
-    CheckpointStore(again, keep_last=1, asynchronous=False).save(engine, STATE)
+    assert load_run(folder / "iter_0000003", engine) == runs.state_at(3)
+    runs.save(engine, again, 3)
     return runs.outcome(engine, runs.take_steps(engine, LAST))
 
 
@@ -135,4 +135,4 @@ def single_state(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def save_three_steps(config: Config, folder: Path) -> None:
     engine = runs.fresh_engine(config)
     runs.take_steps(engine, SAVED)
-    CheckpointStore(folder, keep_last=1, asynchronous=False).save(engine, STATE)
+    runs.save(engine, folder, 3)

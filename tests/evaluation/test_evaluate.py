@@ -12,8 +12,9 @@ import pytest
 import yaml
 from helpers import CPU_ENVIRONMENT
 
-from megatron_iml.checkpoint.store import CheckpointStore, RunState
-from megatron_iml.config import Config, TrainingConfig, load_config
+from megatron_iml.checkpoint.record import RunState
+from megatron_iml.checkpoint.store import CheckpointStore
+from megatron_iml.config import CheckpointConfig, Config, TrainingConfig, load_config
 from megatron_iml.data.tokenizer import Tokenizer, train_byte_level_bpe
 from megatron_iml.evaluate import main as evaluate
 from megatron_iml.evaluation.open_model import fingerprint_weights
@@ -146,9 +147,11 @@ def native(config: Path, tmp_path: Path) -> Path:
         engine = build_engine(loaded, layout)
         initialise(engine.chunks, loaded.model, loaded.training.seed, layout)
         engine.optimizer.reload_model_params()
-        store = CheckpointStore(tmp_path / "checkpoints", keep_last=1, asynchronous=False)
         tokenizer = Tokenizer.load(Path(loaded.evaluation.tokenizer or ""))
-        return store.save(engine, RunState(7, 0, "p", tokenizer.sha256))
+        state = RunState(7, 0, "plan", "corpus", tokenizer.sha256)
+        store = CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(asynchronous=False))
+        store.save(engine, state, {})
+        return tmp_path / "checkpoints" / "iter_0000007"
     finally:
         stop_distributed()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import tiny_config
 
-from megatron_iml.checkpoint.store import RunState
+from megatron_iml.checkpoint.record import RunState
 from megatron_iml.config import ParallelConfig
 from megatron_iml.training import loop
 from megatron_iml.training.reports import RankReport
@@ -32,7 +32,9 @@ def run_until(
     monkeypatch.setattr(loop, "validation_losses", lambda *unused: note("validate") or {})
     config = tiny_config()
     store = SimpleNamespace(
-        save=lambda engine, state: note(f"save {state.step}"), poll=lambda: None, wait=lambda: note("wait")
+        save=lambda engine, state, losses: note(f"save {state.step}") or [],
+        poll=lambda: [],
+        wait=lambda: note("wait") or [],
     )
     run = SimpleNamespace(
         config=dataclasses.replace(
@@ -42,7 +44,7 @@ def run_until(
         ),
         engine=SimpleNamespace(layout=SimpleNamespace(device=torch.device("cpu"), reports=False)),
         directory=directory,
-        state=RunState(first, 2 * first, "abc"),
+        state=RunState(first, 2 * first, "plan", "corpus"),
         validation_loaders={"level": None},
         train_loader=None,
         store=store,

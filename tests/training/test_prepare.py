@@ -1,18 +1,18 @@
 """A checkpoint that a run cannot go on from is refused before the model is built."""
 
 import dataclasses
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from helpers import tiny_config
 
+from megatron_iml.checkpoint.record import Record, RunState, write_record
 from megatron_iml.config import Config
 from megatron_iml.training.prepare import _check_start
 
 # 2 rows a step, 4 steps: 8 rows, of which the checkpoint has seen 6.
-STATE = {"step": 3, "rows_consumed": 6, "plan_fingerprint": "abc"}
+STATE = RunState(3, 6, "abc", "corpus")
 
 
 def config_of(**changes: object) -> Config:
@@ -29,8 +29,7 @@ def config_of(**changes: object) -> Config:
 def newest(tmp_path: Path) -> Path:
     folder = tmp_path / "iter_0000003"
     folder.mkdir()
-    record = {"format_version": 1, "state": STATE, "config": dataclasses.asdict(tiny_config())}
-    (folder / "complete.json").write_text(json.dumps(record))
+    write_record(folder, Record(STATE, dataclasses.asdict(tiny_config()), 1, {}, {}, "", {}))
     return folder
 
 

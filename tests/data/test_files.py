@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_iml.evaluation.files import write_atomically
+from megatron_iml.data.files import write_atomically
 
 
 def test_new_content_replaces_old_and_leaves_nothing_else(tmp_path: Path) -> None:

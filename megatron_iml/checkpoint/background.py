@@ -1,0 +1,193 @@
+"""Writes a rank's part of a checkpoint from a process of its own, while training goes on.
+
+What enters: megatron-core's plan of what this rank writes. What leaves: up to two files a rank, weights apart
+from optimizer state (who loads weights only reads and verifies those alone), and their digests.
+
+The files are torch's distributed checkpoint format, planned and described by megatron-core. Three things of
+its own writer are different here. It collects results through a server process that outlives a killed run and
+takes seconds to start; here the writing process leaves them in a file that both sides hold open. It waits for
+ever for a writer that died; here that is an error with a rank in it. And it says on one rank only what went
+wrong.
+"""
+
+import os
+import pickle
+import signal
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_iml.data.files import HashingFile
+from megatron_iml.training.agree import agreed_failure
+
+from .record import StoredFile
+
+Bucket = tuple[str, str, tuple[list[Any], list[tuple[WriteItem, torch.Tensor]]]]
+"""megatron-core's shape of a file to write: path, name, (objects, tensors)."""
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written, for a reason outside of the run, which every rank has heard."""
+
+
+class Outcome:
+    """What the writing process tells the one that trains, through a file that both hold open."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        # Without a name: whoever is killed, nothing stays on the disk.
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115
+
+    def tell(self, results: list[WriteResult], files: dict[str, StoredFile], error: str | None) -> None:
+        """Leave the end of the story."""
+        pickle.dump((results, files, error), self.file)
+        self.file.flush()
+
+    def hear(self) -> tuple[list[WriteResult], dict[str, StoredFile], str | None]:
+        """What was left; called when the writing process has ended."""
+        self.file.seek(0)
+        try:
+            return pickle.load(self.file)
+        except (EOFError, pickle.UnpicklingError):
+            return [], {}, "the process that writes was killed"
+
+
+class Writer(FileSystemWriterAsync):
+    """One rank's files of one checkpoint."""
+
+    def __init__(self, folder: Path | str) -> None:
+        super().__init__(folder)
+        self.outcome = Outcome()
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Sort what this rank writes into its files."""
+        kinds: dict[str, tuple[list[Any], list[Any]]] = {"weights": ([], []), "optimizer": ([], [])}
+        for item in plan.items:
+            kind = "optimizer" if item.index.fqn.startswith("optimizer.") else "weights"
+            data = planner.resolve_data(item)
+            is_tensor = isinstance(data, torch.Tensor)
+            kinds[kind][is_tensor].append((item, data.detach() if is_tensor else data))
+        names = {kind: f"{kind}_{dist.get_rank():05d}.distcp" for kind in kinds}
+        self.write_buckets = [
+            (str(Path(self.checkpoint_dir) / names[kind]), names[kind], data)
+            for kind, data in kinds.items()
+            if any(data)
+        ]
+
+    def request(self, metadata: Metadata | None, heard: dict[str, StoredFile]) -> AsyncRequest:
+        """The work in the background, and what follows it on every rank; `heard` gets every file's digest."""
+
+        def finish() -> None:
+            results, files, error = self.outcome.hear() if self.write_buckets else ([], {}, None)
+            reports: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            dist.gather_object((results, files), reports)
+            raise_agreed(error)
+            if reports is not None:
+                assert metadata is not None, "rank 0 has planned the whole checkpoint"
+                self.finish(metadata, [results for results, _ in reports])
+                heard.update({name: file for _, files in reports for name, file in files.items()})
+
+        # Staged from the device before the process is forked, which must not touch a GPU.
+        stage = partial(self.preload_tensors, self.write_buckets, True)
+        arguments = (dist.get_rank(), self.write_buckets, self.outcome)
+        return AsyncRequest(
+            write_files if self.write_buckets else None, arguments, [finish], preload_fn=stage
+        )
+
+
+class SaveStrategy(TorchDistSaveShardedStrategy):
+    """megatron-core's format and planning with `Writer` for the files."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+        self.files: dict[str, StoredFile] = {}
+
+    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
+        """Plan the save together with the other ranks; nothing is written yet."""
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        writer = Writer(checkpoint_dir)
+        planner = MCoreSavePlanner(flatten_state_dict=False)
+        planned, *_ = save_state_dict_async_plan(
+            mcore_to_pyt_state_dict(by_key), writer, None, 0, planner=planner
+        )
+        return writer.request(planned[1], self.files)
+
+
+def write_files(rank: int, buckets: list[Bucket], outcome: Outcome) -> None:
+    """Write a rank's files and tell how it went; in a forked process, or in a save that is waited for."""
+    if os.getpid() != outcome.owner:
+        # The launcher that stops a job signals this process too, and the last checkpoint is what it waits
+        # for.
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+    results: list[WriteResult] = []
+    files: dict[str, StoredFile] = {}
+    error = None
+    try:
+        for path, name, (objects, tensors) in buckets:
+            results += _write_file(HashingFile(Path(path)), name, [*objects, *tensors], files, outcome)
+    # torch.save turns what the file raised into a RuntimeError about its own position.
+    except (OSError, RuntimeError) as failure:
+        cause = failure.__context__ if isinstance(failure.__context__, OSError) else failure
+        error = f"{name}: {cause}"
+    outcome.tell(results, files, error)
+
+
+def _write_file(
+    stream: HashingFile, name: str, items: list[Any], files: dict[str, StoredFile], outcome: Outcome
+) -> list[WriteResult]:
+    results = []
+    for item, data in items:
+        # Nobody waits for this file any more: the run was killed.
+        if os.getpid() != outcome.owner and os.getppid() != outcome.owner:
+            raise SystemExit(1)
+        if isinstance(data, torch.Tensor) and data.untyped_storage().nbytes() != data.nbytes:
+            # torch.save writes the whole storage that a view is of.
+            data = data.clone()
+        start = stream.tell()
+        if isinstance(data, torch.Tensor):
+            # Of a file torch wants `write` and `flush`.
+            torch.save(data, cast(IO[bytes], stream))
+        else:
+            stream.write(data.getbuffer())
+        length = stream.tell() - start
+        results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+    size = stream.tell()
+    files[name] = StoredFile(size, stream.close())
+    return results
+
+
+def raise_agreed(error: str | None) -> None:
+    """Raise SaveFailed on every rank if one of them has an error; a collective."""
+    failure = agreed_failure(error)
+    if failure is not None:
+        raise SaveFailed(failure)
+
+
+def on_rank_zero(action: Callable[[], None]) -> None:
+    """Run on rank 0; what the file system refuses there is a SaveFailed everywhere. A collective."""
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as failure:
+            error = str(failure)
+    raise_agreed(error)
