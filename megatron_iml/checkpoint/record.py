@@ -84,6 +84,11 @@ class Record:
         return sum(file.bytes for file in self.files.values())
 
     @property
+    def has_optimizer(self) -> bool:
+        """Whether a run can go on from it; weights alone are a start only."""
+        return any(name.startswith("optimizer_") for name in self.files)
+
+    @property
     def config_sha256(self) -> str:
         """Equal for two checkpoints whose configurations are."""
         return _digest(self.config)

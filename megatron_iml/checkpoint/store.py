@@ -32,7 +32,16 @@ from megatron_iml.training.agree import agreed_failure
 from megatron_iml.training.engine import Engine
 
 from .background import SaveFailed, SaveStrategy, on_rank_zero
-from .record import Record, RunState, StoredFile, complete_checkpoints, describe_file, now, step_of, write_record
+from .record import (
+    Record,
+    RunState,
+    StoredFile,
+    complete_checkpoints,
+    describe_file,
+    now,
+    step_of,
+    write_record,
+)
 from .retention import PARTIAL, Remover, drop_old, sweep
 from .sharded import master_weights_problem, owned_bytes, sharded_state, sharding
 from .versions import versions

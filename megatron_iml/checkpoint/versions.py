@@ -1,4 +1,4 @@
-"""The libraries that write a checkpoint, as its record names them: {"python": "3.11.7", "torch": "2.13.0", ...}."""
+"""The libraries that write a checkpoint, as its record names them: {"python": "3.11.7", "torch": "2.13"}."""
 
 from platform import python_version
 

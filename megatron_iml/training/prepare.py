@@ -142,6 +142,11 @@ def _check_start(config: Config, newest: Path | None, plan: Plan) -> None:
         )
     record = read_record(newest)
     check_same_shape(newest, record.config["model"], config.model)
+    if not record.has_optimizer:
+        raise ValueError(
+            f"checkpoint {newest} holds weights only, and no run can go on from it: move it away and name "
+            "it in checkpoint.initial_weights"
+        )
     state = record.state
     if state.plan_fingerprint != plan.fingerprint:
         raise ValueError(

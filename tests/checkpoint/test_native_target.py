@@ -14,7 +14,6 @@ from helpers import single_rank, tiny_config
 from megatron_iml.checkpoint.formats import open_source
 from megatron_iml.checkpoint.native import NativeSource
 from megatron_iml.checkpoint.parameter_map import parameters
-from megatron_iml.checkpoint.store import CheckpointStore, RunState
 from megatron_iml.checkpoint.weights import fill_weights
 from megatron_iml.data.loader import Piece, assemble_row
 from megatron_iml.model.build import build_model
@@ -85,7 +84,7 @@ def test_a_vocabulary_of_odd_length_is_padded_with_zeros(tmp_path) -> None:
 def test_weights_of_a_training_checkpoint_are_read_without_a_process_group(tmp_path) -> None:
     with runs.alone(runs.run_config("bf16", num_layers=3)) as engine:
         runs.take_steps(engine, range(1))
-        folder = CheckpointStore(tmp_path, 1, asynchronous=False).save(engine, RunState(1, 4, "abc"))
+        folder = runs.save(engine, tmp_path, 1)
         expected = {name: one.detach().clone() for name, one in named_global_parameters(engine.chunks)}
     source = NativeSource(folder)
     table = parameters(source.model)

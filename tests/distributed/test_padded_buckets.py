@@ -120,7 +120,8 @@ class TorchAdamW(torch.optim.AdamW):
 
 
 def save_and_load_torch_adamw(folder: Path) -> str:
-    with mock.patch.object(optimizer, "Adam", TorchAdamW):
+    plain = mock.patch.object(optimizer, "ReshardableOptimizer", DistributedOptimizer)
+    with plain, mock.patch.object(optimizer, "Adam", TorchAdamW):
         engine = runs.fresh_engine(runs.run_config())
         runs.take_steps(engine, range(1))
         runs.save(engine, folder, 1)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import tiny_config
 
-from megatron_iml.checkpoint.record import Record, RunState, write_record
+from megatron_iml.checkpoint.record import Record, RunState, StoredFile, write_record
 from megatron_iml.config import Config
 from megatron_iml.training.prepare import _check_start
 
@@ -25,11 +25,14 @@ def config_of(**changes: object) -> Config:
     return config
 
 
+FILES = {"optimizer_00000.distcp": StoredFile(1, "")}
+
+
 @pytest.fixture
 def newest(tmp_path: Path) -> Path:
     folder = tmp_path / "iter_0000003"
     folder.mkdir()
-    write_record(folder, Record(STATE, dataclasses.asdict(tiny_config()), 1, {}, {}, "", {}))
+    write_record(folder, Record(STATE, dataclasses.asdict(tiny_config()), 1, {}, {}, "", FILES))
     return folder
 
 
@@ -57,6 +60,14 @@ def test_refused(newest: Path, changes: dict, plan: dict, said: str) -> None:
 def test_accepted(newest: Path, changes: dict) -> None:
     """Before the last step, and again after a finished run."""
     _check_start(config_of(**changes), newest, SimpleNamespace(fingerprint="abc", num_rows=8))
+
+
+def test_weights_alone_are_no_state_to_go_on_from(tmp_path: Path) -> None:
+    folder = tmp_path / "iter_0000003"
+    folder.mkdir()
+    write_record(folder, Record(STATE, dataclasses.asdict(tiny_config()), 1, {}, {}, "", {}))
+    with pytest.raises(ValueError, match="holds weights only.*checkpoint.initial_weights"):
+        _check_start(config_of(), folder, SimpleNamespace(fingerprint="abc", num_rows=8))
 
 
 def test_no_such_weights(tmp_path: Path) -> None:
