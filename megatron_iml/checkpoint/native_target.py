@@ -11,7 +11,7 @@ an extra state, here empty, which megatron-core asks for when it loads.
 import io
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -76,14 +76,15 @@ def native_target(model: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> Targ
 
     precision: Any = PRECISIONS[dtypes["decoder.layers.0.mlp.linear_fc1.weight"]]
     config = Config(model=replace(model, size=None), training=TrainingConfig(precision=precision))
+    texts = _texts(metadata)
     return Target(
         kind="native",
         model=model,
         files=files,
         pieces=pieces,
         options={"inference_prefix": model.inference_prefix},
-        texts=_texts(metadata),
-        finish=lambda folder: _mark_complete(folder, config),
+        texts=texts,
+        finish=lambda folder: _mark_complete(folder, config, [*files, *texts]),
     )
 
 
@@ -127,7 +128,7 @@ def _texts(metadata: Metadata) -> dict[str, bytes]:
     }
 
 
-def _mark_complete(folder: Path, config: Config) -> None:
+def _mark_complete(folder: Path, config: Config, names: Iterable[str]) -> None:
     record = Record(
         state=RunState(0, 0, "", ""),
         config=asdict(config),
@@ -135,6 +136,7 @@ def _mark_complete(folder: Path, config: Config) -> None:
         versions=versions(),
         validation={},
         saved_at=now(),
-        files={path.name: describe_file(path) for path in sorted(folder.iterdir())},
+        # Read once more: a checksum that was computed before the disk had the bytes would prove less.
+        files={name: describe_file(folder / name) for name in names},
     )
     write_record(folder, record)

@@ -32,8 +32,9 @@ def test_weights_alone_leave_the_rest_fresh(tmp_path: Path) -> None:
         assert [group["step"] for group in groups] == [0, 0]
 
 
-@pytest.mark.parametrize("saved_in", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("loaded_in", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("saved_in", "loaded_in"), [("fp32", "bf16"), ("bf16", "fp32"), ("bf16", "fp16"), ("fp16", "bf16")]
+)
 def test_another_precision_rounds_the_master_weights_once(
     tmp_path: Path, saved_in: str, loaded_in: str
 ) -> None:

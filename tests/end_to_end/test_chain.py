@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from end_to_end.conftest import LEVELS, STEPS, finish, launch, rows_of, signal_all, train_command
 
-from megatron_iml.checkpoint.store import complete_checkpoints
+from megatron_iml.checkpoint.record import complete_checkpoints
 
 EXACT = ("step", "loss", "learning_rate", "grad_norm", "targets", "documents_crc")
 
