@@ -1,10 +1,12 @@
 """The process that writes: what it leaves, and that it ends with the run it writes for."""
 
+import gc
 import io
 import multiprocessing
 import os
 import pickle
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -20,6 +22,17 @@ from megatron_iml.data.files import HashingFile
 FORK = multiprocessing.get_context("fork")
 
 
+def fork(target: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
+    """As megatron-core forks: collecting what other tests have left, such as groups, can crash the child."""
+    process = FORK.Process(target=target, args=arguments)
+    gc.disable()
+    try:
+        process.start()
+    finally:
+        gc.enable()
+    return process
+
+
 def bucket(folder: Path, *tensors: torch.Tensor) -> Bucket:
     items = [
         (WriteItem(MetadataIndex(f"t{number}"), WriteItemType.TENSOR), tensor)
@@ -31,9 +44,7 @@ def bucket(folder: Path, *tensors: torch.Tensor) -> Bucket:
 def test_a_file_can_be_read_back_and_is_described(tmp_path: Path) -> None:
     whole = torch.arange(100.0)
     outcome = Outcome()
-    writer = FORK.Process(target=write_files, args=(0, [bucket(tmp_path, whole, whole[10:20])], outcome))
-    writer.start()
-    writer.join()
+    fork(write_files, 0, [bucket(tmp_path, whole, whole[10:20])], outcome).join()
     results, files, error = outcome.hear()
     path = tmp_path / "weights_00000.distcp"
     assert error is None and files == {path.name: describe_file(path)}
@@ -50,9 +61,7 @@ def test_what_the_disk_refuses_is_told(tmp_path: Path, asynchronous: bool) -> No
     outcome = Outcome()
     arguments = (0, [bucket(tmp_path / "nowhere", torch.zeros(1))], outcome)
     if asynchronous:
-        writer = FORK.Process(target=write_files, args=arguments)
-        writer.start()
-        writer.join()
+        fork(write_files, *arguments).join()
     else:
         write_files(*arguments)
     results, files, error = outcome.hear()
@@ -77,16 +86,13 @@ def write_slowly(folder: Path) -> None:
 
     HashingFile.write = slow_write  # type: ignore[method-assign]
     buckets = [bucket(folder, *[torch.zeros(4)] * 120)]
-    writer = FORK.Process(target=write_files, args=(0, buckets, Outcome()))
-    writer.start()
+    writer = fork(write_files, 0, buckets, Outcome())
     (folder / "pid").write_text(str(writer.pid))
     os.kill(os.getpid(), 9)
 
 
 def test_it_ends_with_its_run(tmp_path: Path) -> None:
-    run = FORK.Process(target=write_slowly, args=(tmp_path,))
-    run.start()
-    run.join()
+    fork(write_slowly, tmp_path).join()
     writer = int((tmp_path / "pid").read_text())
     began = time.monotonic()
     while psutil.pid_exists(writer) and time.monotonic() < began + 20:

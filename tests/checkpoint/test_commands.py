@@ -87,8 +87,8 @@ def test_reshard_says_which_layouts_load(saved: Path, capsys: pytest.CaptureFixt
     layout = ("--world-size", "8", "--tensor", "2", "--pipeline", "2", "--chunks", "2")
     assert reshard.main(["check", checkpoint, *layout]) == 0
     assert "loads: tensor 2 x pipeline 2 x data 2; a rank reads about 0.000 GB" in capsys.readouterr().out
-    assert reshard.main(["check", checkpoint, "--world-size", "3", "--pipeline", "3"]) == 2
-    assert "model.num_layers: got 4; allowed: a multiple of" in capsys.readouterr().err
+    assert reshard.main(["check", checkpoint, "--world-size", "3", "--tensor", "2"]) == 2
+    assert "world size: got 3; allowed: a multiple of" in capsys.readouterr().err
 
 
 def test_reshard_writes_what_was_asked(
