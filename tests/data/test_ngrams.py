@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from nltk.tokenize import RegexpTokenizer
 
 from megatron_iml.data.ngrams import NgramHasher
 
@@ -42,8 +43,14 @@ def test_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     small = NgramHasher(1)
     text = " ".join(f"word{i}" for i in range(500))
     first, _ = small.hashes([text])
-    assert len(small._memory) <= 10
+    assert len(small._word_hashes) <= 10
     assert np.array_equal(small.hashes([text])[0], first)
+
+
+def test_words_are_the_tokens_of_nltk() -> None:
+    texts = ["It's 3.14, isn't_it?", "na\u00efve \u00dcBER\u2028stra\u00dfe", "\u4f60\u597d 42%\t[SEP]", ""]
+    nltk_tokens = [RegexpTokenizer(r"\w+").tokenize(text.lower()) for text in texts]
+    assert [hasher.words(text) for text in texts] == nltk_tokens
 
 
 def test_empty_and_zero() -> None:
