@@ -99,10 +99,19 @@ def devset_root(folder: Path) -> Path:
             *(path.read_text().splitlines() for path in parallel), strict=True
         )
     ]
+    graphs = json.loads((DEVSET / "dart/data/v1.1.1/dart-v1.1.1-full-dev.json").read_text())
+    described = [
+        {
+            "tripleset": "; ".join(", ".join(triple) for triple in graph["tripleset"]),
+            "target": graph["annotations"][0]["text"],
+        }
+        for graph in graphs
+    ]
     write_files(
         folder,
         {
             "flan_rows/snli.jsonl": rows,
+            "flan_rows/dart.jsonl": described,
             "T5/wmt16_enro_v003/train.jsonl": [
                 {"translation": {"en": f"I have {i} hats.", "ro": f"Am {i} palarii."}} for i in range(40)
             ],
@@ -125,7 +134,7 @@ def test_the_real_sample_becomes_one_bench_of_all_eight_benchmarks(tmp_path):
         "NIV2": 73,
         "PromptSource": 31,
         "CrossFit": 5,
-        "FLAN": 1,
+        "FLAN": 2,
         "ExMix": 2,
         "T5": 1,
         "UnifiedSKG": 4,
@@ -136,11 +145,11 @@ def test_the_real_sample_becomes_one_bench_of_all_eight_benchmarks(tmp_path):
     assert len(set(tasks.values())) == 42
     levels = {entry.stem: entry.level for entry in bench.entries}
     assert Counter(levels.values()) == {
-        "fully_held_out": 7,
+        "fully_held_out": 8,
         "partially_supervised": 20,
         "fully_supervised": 113,
     }
-    assert sum(counts["read"] for counts in ledger.values()) == 47_681
+    assert sum(counts["read"] for counts in ledger.values()) == 48_381
     # SNLI is evaluated, so neither e-SNLI nor five tasks of Super-NaturalInstructions are trained on.
     gone = {name: counts["dropped"] for name, counts in ledger.items() if not counts["written"]}
     assert {reason for dropped in gone.values() for reason in dropped} == {
