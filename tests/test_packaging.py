@@ -49,6 +49,12 @@ def test_the_wheel_holds_every_module(site: Path) -> None:
     assert {path.relative_to(site) for path in site.rglob("*.py")} == package | kernels
 
 
+def test_the_wheel_holds_the_tables(site: Path) -> None:
+    tables = {path.relative_to(ROOT) for path in (ROOT / "megatron_iml").rglob("*.yaml")}
+    assert Path("megatron_iml/data/categories.yaml") in tables
+    assert {path.relative_to(site) for path in site.rglob("*.yaml")} == tables
+
+
 def test_kernels_have_one_identity_from_a_foreign_folder(site: Path, tmp_path: Path) -> None:
     environment = {"PYTHONPATH": str(site)}
     done = subprocess.run(
