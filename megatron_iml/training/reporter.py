@@ -120,7 +120,7 @@ def step_line(row: dict[str, Any], steps: int) -> str:
         f"{1000 * row['seconds']:,.0f} ms",
     ]
     # By its own forward passes: a step lasts equally long on every rank.
-    if row["slowest_over_peers"] > 1.1:
+    if row["slowest_over_peers"] > 1.2:
         parts.append(f"rank {row['slowest_rank']} is {row['slowest_over_peers'] - 1:.0%} slower")
     if row["loss_scale"] != 1.0:
         parts.append(f"loss scale {row['loss_scale']:g}")
