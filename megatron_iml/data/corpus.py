@@ -68,7 +68,7 @@ class Corpus:
         self.padded_vocab_size: int = manifest["tokenizer"]["padded_vocab_size"]
         self.task_records = tuple(CorpusTask(**task) for task in manifest["tasks"])
         self.tasks = {task.name: task.documents for task in self.task_records}
-        self._shards = shards
+        self.shards = shards
         self._first_documents = np.cumsum([0] + [shard.num_documents for shard in shards]).tolist()
         self.num_documents: int = self._first_documents[-1]
 
@@ -100,7 +100,7 @@ class Corpus:
         """Return the shard of a document and its sequences [first, stop) there."""
         assert 0 <= document < self.num_documents, f"document {document} of {self.num_documents}"
         number = bisect_right(self._first_documents, document) - 1
-        shard = self._shards[number]
+        shard = self.shards[number]
         local = document - self._first_documents[number]
         return shard, int(shard.boundaries_D[local]), int(shard.boundaries_D[local + 1])
 
@@ -127,7 +127,7 @@ class Corpus:
         """Yield each shard with which of the documents it holds, and their first and last sequences there."""
         shard_of_N = np.searchsorted(self._first_documents, documents_N, side="right") - 1
         for number in np.unique(shard_of_N).tolist():
-            shard, here_N = self._shards[number], shard_of_N == number
+            shard, here_N = self.shards[number], shard_of_N == number
             local = documents_N[here_N] - self._first_documents[number]
             yield shard, here_N, shard.boundaries_D[local], shard.boundaries_D[local + 1] - 1
 

@@ -144,11 +144,11 @@ class Shard:
         self.num_documents = boundaries - 1
         # The end of the last sequence is all that the file may hold: a cut copy is found at opening.
         _check_size(bin_path, int(self.pointers_S[-1]) + int(self.sizes_S[-1]) * TOKEN_BYTES)
-        self._tokens_T = _mapped(bin_path, np.uint16, 0, bin_path.stat().st_size // TOKEN_BYTES)
+        self.tokens_T = _mapped(bin_path, np.uint16, 0, bin_path.stat().st_size // TOKEN_BYTES)
 
     def read(self, first: int, sequence: int) -> UInt16:
         """Return sequence `first` followed by `sequence` (once if they are the same), a uint16 copy."""
-        tokens_T, sizes_S, pointers_S = self._tokens_T, self.sizes_S, self.pointers_S
+        tokens_T, sizes_S, pointers_S = self.tokens_T, self.sizes_S, self.pointers_S
         start = int(pointers_S[first]) // TOKEN_BYTES
         if sequence - first <= 1:  # neighbours: one copy
             stop = int(pointers_S[sequence]) // TOKEN_BYTES + int(sizes_S[sequence])

@@ -4,14 +4,26 @@ All rows have one shape, so matrix products cost the same; attention (visible pa
 do not. Heaviest row first, each to the rank with the least work that still has room:
 
     costs [9, 1, 1, 5], two ranks of two rows   ->   [[0, 2], [1, 3]]   (10 and 6; the order of rows is kept)
+
+Few rows a rank leave some ranks heavier than they need be, so they then swap rows as long as that helps:
+
+    costs [8, 7, 6, 5, 4, 0], two ranks of three   ->   8 5 4 and 7 6 0, 17 and 13; 8 for 6 makes both 15
+
+Suffixes: G ranks, K rows of a rank.
 """
 
 import heapq
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
+# A rank that is this little above the mean costs less time than steps differ by anyway.
+EVEN = 1.001
+
 
 def deal_rows(costs: Sequence[float], data_parallel_size: int) -> list[list[int]]:
-    """Split the step's rows evenly in number and as evenly as greedy choice gives in cost.
+    """Split the step's rows evenly in number and as evenly as greedy choice and swaps give in cost.
 
     Args:
         costs: useful FLOPs of each row of the step, in the plan's order; their number is a multiple of
@@ -32,5 +44,30 @@ def deal_rows(costs: Sequence[float], data_parallel_size: int) -> list[list[int]
         # A full rank leaves the heap; there is always another, because the counts are equal.
         if len(dealt[rank]) < rows_per_rank:
             heapq.heappush(loads, (load + costs[row], rank))
+    dealt_GK = _swap_rows(np.array(dealt), np.array(costs, dtype=np.float64))
     # In the order of the plan: gradients are then summed in one order for one data-parallel size.
-    return [sorted(rows) for rows in dealt]
+    return np.sort(dealt_GK, axis=1).tolist()
+
+
+def _swap_rows(dealt_GK: NDArray[np.int64], costs: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Let the heaviest rank swap the two rows that help it most, until ranks are even or nothing helps."""
+    costs_GK = costs[dealt_GK]
+    loads_G = costs_GK.sum(axis=1)
+    even = EVEN * loads_G.mean()
+    # A swap never makes the heaviest load heavier, but sums of floats might go round in a circle.
+    for _ in range(costs.size):
+        heaviest = int(loads_G.argmax())
+        if loads_G[heaviest] <= even:
+            break
+        # What the heaviest rank sheds if it gives its own row for another of some rank, [own, rank, other].
+        shed = costs_GK[heaviest][:, None, None] - costs_GK[None]
+        heavier = np.maximum(loads_G[heaviest] - shed, loads_G[None, :, None] + shed)
+        own, rank, other = np.unravel_index(heavier.argmin(), heavier.shape)
+        if heavier[own, rank, other] >= loads_G[heaviest]:
+            break
+        for table_GK in (dealt_GK, costs_GK):
+            given = table_GK[heaviest, own]
+            table_GK[heaviest, own] = table_GK[rank, other]
+            table_GK[rank, other] = given
+        loads_G[[heaviest, rank]] = costs_GK[[heaviest, rank]].sum(axis=1)
+    return dealt_GK

@@ -58,29 +58,27 @@ def step_rows(loader: Loader, rows: range, config: Config, layout: Layout) -> St
     A range that does not divide evenly is filled up with empty rows, so that every rank runs as many.
     """
     plan = loader.plan
-    targets_R, pairs_R = plan.targets_R[rows.start : rows.stop], plan.pairs_R[rows.start : rows.stop]
-    entries = [plan.entries(row) for row in rows]
-    real_R = [
-        int(row["length"].sum(dtype=np.int64) - row["shared"].sum(dtype=np.int64)) - len(row)
-        for row in entries
-    ]
+    # Sums of rows, which the plan holds: a step of thousands of rows is dealt without looking into them.
+    slots_R, targets_R, pairs_R = (
+        sums_R[rows.start : rows.stop].tolist() for sums_R in (plan.slots_R, plan.targets_R, plan.pairs_R)
+    )
     costs = [
-        row_flops(config.model, real, int(targets), int(pairs))
-        for real, targets, pairs in zip(real_R, targets_R, pairs_R, strict=True)
+        row_flops(config.model, slots, targets, pairs)
+        for slots, targets, pairs in zip(slots_R, targets_R, pairs_R, strict=True)
     ]
     # Interleaved stages take turns in groups of pipeline_size micro-batches.
     group = layout.data_size * (layout.pipeline_size if layout.virtual_size > 1 else 1)
     own = deal_rows([*costs, *[0.0] * (-len(rows) % group)], layout.data_size)[layout.data_rank]
     # Middle stages need no token, so they touch no page of the corpus.
     read = loader.row if layout.is_first_stage or layout.is_last_stage else loader.layout
-    documents = np.concatenate([row["document"] for row in entries])
+    documents = plan.entries_E["document"][plan.row_starts[rows.start] : plan.row_starts[rows.stop]]
     own_rows = [(index, read(rows[index])) for index in own if index < len(rows)]
     padding = [empty_row(plan.row_length)] * (len(own) - len(own_rows))
     return StepRows(
         rows=[*(row for _, row in own_rows), *padding],
         num_rows=len(rows),
-        num_targets=int(targets_R.sum()),
-        num_real=sum(real_R),
+        num_targets=sum(targets_R),
+        num_real=sum(slots_R),
         num_documents=len(documents),
         useful_flops=sum(costs),
         documents_crc=zlib.crc32(documents.tobytes()),

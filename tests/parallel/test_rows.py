@@ -1,15 +1,30 @@
 """Dealing rows: equal counts, every row once, near balance, and nothing but the costs decides."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from corpora import plan_of, write_lengths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_iml.config import ModelConfig
+from megatron_iml.config.sizes import opt_size
+from megatron_iml.data.mixture import Mixture
+from megatron_iml.data.packing import PackingConfig
 from megatron_iml.parallel.rows import deal_rows
+from megatron_iml.training.flops import row_flops
+
+LENGTHS = Path(__file__).parents[2].parent / "shared" / "lengths" / "doc_lengths_mixture.npz"
 
 
 def test_the_worked_example() -> None:
     assert deal_rows([9, 1, 1, 5], 2) == [[0, 2], [1, 3]]
+
+
+def test_swaps_even_out_what_greedy_choice_left() -> None:
+    dealt = deal_rows([8, 7, 6, 5, 4, 0], 2)
+    assert [sum([8, 7, 6, 5, 4, 0][row] for row in rows) for rows in dealt] == [15, 15]
 
 
 def test_equal_costs_go_round_and_one_rank_gets_all() -> None:
@@ -37,6 +52,36 @@ def test_balance_on_rows_of_real_spread() -> None:
         in_order = costs.reshape(ranks, 32).sum(1)
         assert max(loads) / np.mean(loads) < 1.002
         assert max(loads) / np.mean(loads) < max(in_order) / np.mean(in_order)
+
+
+@pytest.mark.skipif(not LENGTHS.is_file(), reason=f"real document lengths are not at {LENGTHS}")
+@pytest.mark.parametrize("ranks", [2, 8, 32, 128])
+def test_balance_on_real_documents(real_rows: dict[str, np.ndarray], ranks: int) -> None:
+    for costs in real_rows.values():
+        for first in range(0, len(costs) - 4 * ranks + 1, 4 * ranks)[:100]:
+            step = costs[first : first + 4 * ranks]
+            loads = [step[rows].sum() for rows in deal_rows(step.tolist(), ranks)]
+            assert max(loads) / np.mean(loads) <= 1.01
+
+
+@pytest.fixture(scope="module")
+def real_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """Useful FLOPs of rows of 2,048 slots with 200,000 real documents, by model size."""
+    stored = np.load(LENGTHS)
+    folder = tmp_path_factory.mktemp("rows")
+    corpus = write_lengths(folder / "corpus", {"A__b__c": (stored["prompt_len"], stored["target_len"])})
+    plan = plan_of(corpus, PackingConfig(Mixture(), row_length=2048, rows=None, seed=1), folder / "plan")
+    sums = np.stack([plan.slots_R, plan.targets_R, plan.pairs_R]).astype(float)
+    models = {}
+    for name in ("opt-1.3b", "opt-6.7b", "opt-30b"):
+        size = opt_size(name)
+        models[name] = ModelConfig(
+            num_layers=size.num_layers,
+            hidden_size=size.hidden_size,
+            ffn_hidden_size=4 * size.hidden_size,
+            num_attention_heads=size.num_attention_heads,
+        )
+    return {name: row_flops(model, *sums) for name, model in models.items()}
 
 
 def test_rows_that_do_not_divide_are_a_bug() -> None:
