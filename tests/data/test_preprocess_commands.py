@@ -7,8 +7,10 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from corpora import lengths_document, write_corpus
 
 from megatron_iml.data.corpus import Corpus
+from megatron_iml.data.loader import Loader
 from megatron_iml.data.plan import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +72,12 @@ def test_from_bench_to_a_row_on_the_screen(bench: Path) -> None:
             *("inspect_corpus", "--corpus", folder / "c/train", "--tokenizer-model", folder / "tok"),
             *("--plan", folder / "plan", "--row", "0"),
         ),
+        run(
+            *("inspect_corpus", "--input", folder / "c/train", "--tokenizer-model", folder / "tok"),
+            *("--plan", folder / "plan", "--row", "0", "--positions"),
+        ),
+        run("inspect_corpus", "--input", folder / "c/train", "--plan", folder / "plan", "--totals"),
+        run("inspect_corpus", "--input", folder / "c/train", "--plan", folder / "plan", "--validate"),
     ]
     for step in steps:
         assert step.returncode == 0, step.stderr
@@ -82,6 +90,38 @@ def test_from_bench_to_a_row_on_the_screen(bench: Path) -> None:
     first = int(plan.entries(0)["document"][0])
     assert f"Double {first}.\nAnswer: {2 * first}</s>" in steps[4].stdout
     assert f"{plan.targets_R[0]} targets" in steps[4].stdout
+    row = Loader(Corpus.open(folder / "c" / "train"), plan).row(0)
+    line = (0, row.tokens_T[0], "Double", 0, row.layout.end_T[0])
+    assert steps[5].stdout.splitlines()[1].split() == [str(value) for value in line]
+    assert f"targets  {row.target_rows_M[0]}:{row.target_ids_M[0]}" in steps[5].stdout
+    drawn = plan.ledger["Sums__double__plain"]["drawn"]
+    total = next(line for line in steps[6].stdout.splitlines() if " all " in line)
+    assert total.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split()[:5:4] == ["all", str(drawn)]
+    assert steps[7].stdout.count(": valid\n") == 2
+
+
+def test_validation_that_finds_a_fault_exits_with_1(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", {"A__b__[red]": [lengths_document(3, 2)] * 4})
+    path = corpus.folder / "shard-00000.bin"
+    path.write_bytes(path.read_bytes()[:-2] + b"\x09\x00")
+    result = run("inspect_corpus", "--input", corpus.folder, "--validate")
+    assert result.returncode == 1
+    assert "document 3: a target does not end with id 2" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--row", "0", "--tokenizer-model", "t"), "--row needs --plan"),
+        (("--document", "0"), "--document and --row need --tokenizer-model"),
+        (("--totals", "--positions"), "--positions needs --row"),
+        (("--totals", "--validate"), "not allowed with argument"),
+    ],
+)
+def test_inspect_says_what_goes_together(arguments: tuple[str, ...], message: str) -> None:
+    result = run("inspect_corpus", "--input", "c", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
 
 
 @pytest.mark.parametrize(
