@@ -2,8 +2,8 @@
 
     python benchmarks/preprocessing_baseline.py --bench work/bench --tokenizer-model opt-tokenizer
 
-Per line: `json.loads`, `tokenizers` on one text at a time, a tensor for Megatron's `IndexedDatasetBuilder`.
-Printed: documents a second of wall and of CPU time, and of our encoder in this process on the same lines; and
+Per line: `json.loads`, `tokenizers` on one text at a time, ids to a file through numpy, lengths to a list, as
+Megatron's `IndexedDatasetBuilder` does. Printed: documents a second of wall and of CPU time, and of our encoder in this process on the same lines; and
 whether the ids of every document are the same.
 """
 
@@ -17,11 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_iml.data.bench import Bench
-from megatron_iml.data.corpus_chunks import encode_chunk, read_chunks
+from megatron_iml.data.corpus_chunks import EncodedChunk, encode_chunk, read_chunks
 
 
 def lines_of(bench: Bench) -> Iterator[bytes]:
@@ -31,18 +29,39 @@ def lines_of(bench: Bench) -> Iterator[bytes]:
             yield from file
 
 
-def baseline(lines: list[bytes], folder: Path, prefix: Path) -> None:
-    """Megatron's loop."""
+def baseline(lines: list[bytes], folder: Path, output: Path) -> list[int]:
+    """Megatron's loop; returns the lengths of the documents, whose ids are in `output`."""
     vocab, merges = next(folder.glob("*vocab.json")), next(folder.glob("*merges.txt"))
     tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for line in lines:
-        row = json.loads(line)
-        # One sequence per document, as preprocess_data.py writes without --split-sentences.
-        ids = [*tokenizer.encode(f"{row['src'].rstrip(' ')} {row['tgt'].rstrip()}").ids, 2]
-        builder.add_item(torch.IntTensor(ids))
-        builder.end_document()
-    builder.finalize(f"{prefix}.idx")
+    lengths = []
+    with output.open("wb") as file:
+        for line in lines:
+            row = json.loads(line)
+            # One sequence per document, as preprocess_data.py writes without --split-sentences.
+            ids = [*tokenizer.encode(f"{row['src'].rstrip(' ')} {row['tgt'].rstrip()}").ids, 2]
+            file.write(np.array(ids, dtype=np.uint16).tobytes())
+            lengths.append(len(ids))
+    return lengths
+
+
+def encode(bench: Bench, tokenizer: Path, documents: int) -> list[EncodedChunk]:
+    """Our encoder on at least as many documents."""
+    encoded: list[EncodedChunk] = []
+    for entry in bench.files("train"):
+        for chunk in read_chunks(bench, entry):
+            encoded.append(encode_chunk(chunk, tokenizer, "gigatoken"))
+            if sum(piece.examples for piece in encoded) >= documents:
+                return encoded
+    return encoded
+
+
+def first_references(encoded: list[EncodedChunk]) -> Iterator[np.ndarray]:
+    """Source and first reference of every document, which lie end to end."""
+    for chunk in encoded:
+        flat = chunk.documents
+        ends = np.cumsum(flat.sizes_S)
+        for start in (np.cumsum(flat.counts_D) - flat.counts_D).tolist():
+            yield flat.ids_T[ends[start] - flat.sizes_S[start] : ends[start + 1]]
 
 
 def main() -> None:
@@ -57,36 +76,19 @@ def main() -> None:
     bench = Bench.open(arguments.bench)
     lines = list(islice(lines_of(bench), arguments.documents))
     with tempfile.TemporaryDirectory() as folder:
-        prefix = Path(folder) / "megatron"
         wall, cpu = time.perf_counter(), time.process_time()
-        baseline(lines, arguments.tokenizer_model, prefix)
+        lengths = baseline(lines, arguments.tokenizer_model, Path(folder) / "ids.bin")
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         print(f"preprocess_data.py's loop: {len(lines) / wall:,.0f}/s, {len(lines) / cpu:,.0f}/s of CPU time")
-        theirs = IndexedDataset(str(prefix))
-        ours_cpu, equal, document = time.process_time(), 0, 0
-        encoded = []
-        for entry in bench.files("train"):
-            for chunk in read_chunks(bench, entry):
-                encoded.append(encode_chunk(chunk, arguments.tokenizer_model, "gigatoken"))
-                document += encoded[-1].examples
-                if document >= len(lines):
-                    break
-            if document >= len(lines):
-                break
-        ours_cpu = time.process_time() - ours_cpu
-        print(f"ours, reading and encoding in one process: {document / ours_cpu:,.0f}/s of CPU time")
-        document = 0
-        for chunk in encoded:
-            flat = chunk.documents
-            ends = np.cumsum(flat.sizes_S)
-            first = np.concatenate([[0], np.cumsum(flat.counts_D)])
-            for start in first[:-1].tolist():
-                if document < len(lines):
-                    # Source and first reference, which lie end to end.
-                    ids = flat.ids_T[ends[start] - flat.sizes_S[start] : ends[start + 1]]
-                    equal += bool(np.array_equal(ids, theirs[document]))
-                document += 1
-        print(f"{equal:,} of {len(lines):,} documents have the ids of `tokenizers`")
+        theirs = np.fromfile(Path(folder) / "ids.bin", dtype=np.uint16)
+    cpu = time.process_time()
+    encoded = encode(bench, arguments.tokenizer_model, len(lines))
+    cpu = time.process_time() - cpu
+    documents = sum(piece.examples for piece in encoded)
+    print(f"ours, reading and encoding in one process: {documents / cpu:,.0f}/s of CPU time")
+    expected = np.split(theirs, np.cumsum(lengths)[:-1])
+    equal = sum(map(np.array_equal, first_references(encoded), expected))
+    print(f"{equal:,} of {len(lines):,} documents have the ids of `tokenizers`")
 
 
 if __name__ == "__main__":
