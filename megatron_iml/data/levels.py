@@ -20,7 +20,7 @@ from megatron_iml.data.splits import Level, Splits, near
 
 
 def missing_names(splits: Splits, tasks: Sequence[Task]) -> list[str]:
-    """Held-out names that no task answers to.
+    """Names of a splits file that no task answers to.
 
     Raises:
         ValueError: there are some and the file does not allow it, or none of its names is there.
@@ -34,12 +34,14 @@ def missing_names(splits: Splits, tasks: Sequence[Task]) -> list[str]:
             (splits.held_out_categories, categories, "category"),
             (splits.held_out_tasks, names, "task"),
             ([data_source(name) for name in splits.held_out_data_sources], sources, "data source"),
+            (splits.max_examples_of_benchmark, sorted({task.benchmark for task in tasks}), "benchmark"),
         )
         for name in wanted
         if not any(fnmatchcase(each, name) if kind == "task" else each == name for each in known)
     ]
-    all_names = splits.held_out_categories + splits.held_out_tasks + splits.held_out_data_sources
-    if missing and (splits.missing_names == "refuse" or len(missing) == len(all_names)):
+    held_out = splits.held_out_categories + splits.held_out_tasks + splits.held_out_data_sources
+    all_names = len(held_out) + len(splits.max_examples_of_benchmark)
+    if missing and (splits.missing_names == "refuse" or len(missing) == all_names):
         kind, name, known = missing[0]
         raise ValueError(f"splits: no {kind} {name!r} in the sources; {near(name, known)}")
     return [f"{kind} {name}" for kind, name, _ in missing]

@@ -29,7 +29,7 @@ def small_config(folder: Path) -> Path:
     (folder / "B__C__t.jsonl").write_text("".join(f'{{"src": "q{i}", "tgt": "a"}}\n' for i in range(20)))
     (folder / "B__D__u.jsonl").write_text('{"src": "q", "tgt": "a"}\n{"src": "q", "tgt": " "}\n')
     (folder / "B__C__empty.jsonl").touch()
-    (folder / "splits.yaml").write_text("held_out_categories: [D]\n")
+    (folder / "splits.yaml").write_text("held_out_categories: [D, E]\nmissing_names: allow\n")
     path = folder / "bench.yaml"
     path.write_text("sources: [{reader: source_target, folder: .}]\nsplits: splits.yaml\n")
     return path
@@ -40,6 +40,7 @@ def test_a_bench_is_built_and_summed_up(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "read 22 instances of 2 tasks; dropped 1" in result.stdout
     assert "1 blank target" in result.stdout
+    assert "splits: the sources hold no category E\n" in result.stderr
     assert "passed over, empty file: B__C__empty.jsonl\n" in result.stdout
     assert [(entry.file, entry.examples) for entry in verify_bench(tmp_path / "bench").entries] == [
         ("train/B__C__t.jsonl", 16),

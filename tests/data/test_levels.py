@@ -60,6 +60,12 @@ def test_unknown_names_are_errors_with_the_nearest_one():
         levels_of(Splits(held_out_data_sources=("race",)), TASKS)
 
 
+def test_the_cap_of_an_unknown_benchmark_is_an_error():
+    with pytest.raises(ValueError, match="no benchmark 'b' in the sources; known are B"):
+        levels_of(Splits(max_examples_of_benchmark={"b": 3}), TASKS)
+    assert levels_of(Splits(max_examples_of_benchmark={"B": 3}), TASKS) == ["fully_supervised"] * 4
+
+
 def test_a_file_may_name_more_than_there_is_but_not_only_that():
     splits = Splits(held_out_categories=("A", "C"), held_out_tasks=("b*", "x*"), missing_names="allow")
     assert missing_names(splits, TASKS) == ["category C", "task x*"]

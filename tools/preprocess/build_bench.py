@@ -42,6 +42,7 @@ def build(arguments: argparse.Namespace) -> "Bench | None":
     from megatron_iml.data.bench_writer import build_bench
     from megatron_iml.data.jobs import Job
     from megatron_iml.data.ledger import Drops
+    from megatron_iml.data.levels import missing_names
     from megatron_iml.data.progress import showing_progress
 
     config = load_bench_config(arguments.config, arguments.source_root)
@@ -49,6 +50,8 @@ def build(arguments: argparse.Namespace) -> "Bench | None":
     drops = Drops(config.root)
     with showing_progress("Writing", "tasks", arguments.log_interval) as meter:
         tasks = config.tasks(drops)
+        if missing := missing_names(config.splits, tasks):
+            print(f"splits: the sources hold no {', no '.join(missing)}", file=sys.stderr)
         meter.start(sum(job.owns(number) for number in range(len(tasks))))
         return build_bench(
             tasks,
