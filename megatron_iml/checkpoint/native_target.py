@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -40,6 +39,13 @@ from .target import Piece, Target
 from .versions import versions
 
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""What megatron-core writes of itself; importing it for that would take longer than most conversions."""
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -124,7 +130,7 @@ def _texts(metadata: Metadata) -> dict[str, bytes]:
     return {
         ".metadata": pickle.dumps(metadata),
         "common.pt": common.getvalue(),
-        "metadata.json": json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode(),
+        "metadata.json": json.dumps(FORMAT).encode(),
     }
 
 

@@ -1,11 +1,11 @@
 """The libraries that write a checkpoint, as its record names them: {"python": "3.11.7", "torch": "2.13"}."""
 
+from importlib.metadata import version
 from platform import python_version
 
 import torch
-from megatron.core import __version__ as engine_version
 
 
 def versions() -> dict[str, str]:
     """Name -> version."""
-    return {"python": python_version(), "torch": torch.__version__, "megatron_core": engine_version}
+    return {"python": python_version(), "torch": torch.__version__, "megatron_core": version("megatron-core")}
