@@ -3,8 +3,8 @@
     python benchmarks/preprocessing_baseline.py --bench work/bench --tokenizer-model opt-tokenizer
 
 Per line: `json.loads`, `tokenizers` on one text at a time, ids to a file through numpy, lengths to a list, as
-Megatron's `IndexedDatasetBuilder` does. Printed: documents a second of wall and of CPU time, and of our encoder in this process on the same lines; and
-whether the ids of every document are the same.
+Megatron's `IndexedDatasetBuilder` does. Printed: documents a second of wall and of CPU time, and of our
+encoder in this process on the same lines; and whether the ids of every document are the same.
 """
 
 import argparse
