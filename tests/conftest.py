@@ -4,6 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, so that a change is judged by what it changes; explore with more of them:
+# pytest --hypothesis-profile=default --hypothesis-seed=0
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 # Triton reads this when it is imported, and megatron-core imports it, so no later place will do: without a
 # GPU the kernels' own tests run them in Triton's interpreter.

@@ -156,8 +156,10 @@ def blend_tasks(mixture: Mixture, tasks: Sequence[TaskSize], slots: float) -> Bl
     per_scale = float(recipe.draws(TOLERANCE) @ slots_K) / TOLERANCE
     if per_scale == 0:
         raise ValueError("no document of the mixture fits a row; raise row_length")
-    low = high = slots / per_scale
-    while recipe.draws(high) @ slots_K < slots * (1 - TOLERANCE) and high < low * LARGEST_GROWTH:
+    # A bound may cost slots or bring some (its draws go to longer documents), so the scale is on either side.
+    low, high = 0.0, slots / per_scale
+    out_of_reach = high * LARGEST_GROWTH
+    while recipe.draws(high) @ slots_K < slots * (1 - TOLERANCE) and high < out_of_reach:
         low, high = high, high * 2
     for _ in range(HALVINGS):
         middle = (low + high) / 2
