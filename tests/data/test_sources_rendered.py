@@ -22,6 +22,8 @@ def test_templates_of_a_data_set_are_one_task(tmp_path):
     first, second = found.examples("qasc")
     assert (first.source, first.targets) == ("Is rain wet?", ("Yes",))
     assert second.targets == ("rain\n",)
+    # The same line of two templates is one instance, which goes to one split.
+    assert first.instance == second.instance == "1"
 
 
 def test_consecutive_rows_of_one_prompt_are_references(tmp_path):

@@ -83,12 +83,13 @@ def _instances(paths: Sequence[Path], counts: TaskCounts) -> Instances:
                 continue
             target = target.rstrip().removesuffix(END_OF_TEXT)
             if waiting is not None and waiting[1].source == source.rstrip():
-                waiting = waiting[0], Form(waiting[1].source, (*waiting[1].targets, target))
+                waiting = waiting[0], waiting[1]._replace(targets=(*waiting[1].targets, target))
                 yield waiting[0], "one more reference of the row before"
                 continue
             if waiting is not None:
                 yield waiting
-            waiting = f"{path.stem}-{number}", Form(source.rstrip(), (target,))
+            # Templates were rendered over the same rows: line 7 of each file is one instance, in one split.
+            waiting = f"{path.stem}-{number}", Form(source.rstrip(), (target,), instance=str(number))
         if waiting is not None:
             yield waiting
 
