@@ -45,6 +45,8 @@ class Mixture:
     benchmarks: Mapping[str, Proportion] = field(default_factory=dict)
     max_epochs: float | None = None
     """Most times that one document is drawn, where its benchmark says nothing; None for no bound."""
+    skip_absent: bool = False
+    """Benchmarks that the corpus lacks leave their part to the others; else they are an error."""
 
     def epoch_bound(self, benchmark: str) -> float | None:
         """Return the most times that a document of this benchmark may be drawn, None for no bound."""
@@ -56,6 +58,7 @@ class Mixture:
         return {
             "examples_proportional_cap": self.examples_proportional_cap,
             "max_epochs": self.max_epochs,
+            "skip_absent": self.skip_absent,
             "benchmarks": {name: asdict(share) for name, share in self.benchmarks.items()},
         }
 
@@ -67,7 +70,7 @@ def load_mixture(path: Path) -> Mixture:
     proportions outside [0, 1] or with another sum than 1.
     """
     content = yaml_mapping(path)
-    _check_keys(f"{path}:", content, ("examples_proportional_cap", "max_epochs", "benchmarks"))
+    _check_keys(f"{path}:", content, ("examples_proportional_cap", "max_epochs", "skip_absent", "benchmarks"))
     cap = content.get("examples_proportional_cap", PAPER_CAP)
     if not isinstance(cap, int) or isinstance(cap, bool) or cap < 1:
         raise ValueError(f"{path}: examples_proportional_cap is {cap!r}, expected a whole number from 1 up")
@@ -84,7 +87,10 @@ def load_mixture(path: Path) -> Mixture:
     if shares and abs(total - 1) > SUM_TOLERANCE:
         raise ValueError(f"{path}: the proportions sum to {total:.6g}, expected 1; scale them")
     _check_units(path, shares)
-    return Mixture(cap, shares, _max_epochs(f"{path}:", content))
+    skip_absent = content.get("skip_absent", False)
+    if not isinstance(skip_absent, bool):
+        raise ValueError(f"{path}: skip_absent is {skip_absent!r}, expected true or false")
+    return Mixture(cap, shares, _max_epochs(f"{path}:", content), skip_absent)
 
 
 def _check_keys(place: str, content: Mapping[str, Any], allowed: Sequence[str]) -> None:

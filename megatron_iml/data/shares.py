@@ -186,10 +186,10 @@ def _benchmarks(mixture: Mixture, tasks: Sequence[TaskSize]) -> list[_Benchmark]
     for k, task in enumerate(tasks):
         members.setdefault(task.benchmark if mixture.benchmarks else "", []).append(k)
     shares = mixture.benchmarks or {"": Proportion(1.0, "examples")}
-    _check_names(shares, members)
+    _check_names(mixture, shares, members)
     found = []
     for name, share in shares.items():
-        if share.proportion == 0:
+        if share.proportion == 0 or name not in members:
             continue
         here = [tasks[k] for k in members[name]]
         # Nothing it draws would be kept, and in tokens it would be drawn for ever.
@@ -208,13 +208,19 @@ def _benchmarks(mixture: Mixture, tasks: Sequence[TaskSize]) -> list[_Benchmark]
     return found
 
 
-def _check_names(shares: Mapping[str, Proportion], members: Mapping[str, object]) -> None:
-    for name in shares:
-        if name not in members:
+def absent_benchmarks(mixture: Mixture, tasks: Sequence[TaskSize]) -> list[str]:
+    """Return the benchmarks that are to be drawn from and are not there, in the order of the mixture."""
+    present = {task.benchmark for task in tasks}
+    return [name for name, share in mixture.benchmarks.items() if share.proportion and name not in present]
+
+
+def _check_names(mixture: Mixture, shares: Mapping[str, Proportion], members: Mapping[str, object]) -> None:
+    for name, share in shares.items():
+        if name not in members and share.proportion and not mixture.skip_absent:
             near = get_close_matches(name, list(members), n=3) or sorted(members)
             raise ValueError(
-                f"the mixture names benchmark {name!r}, the corpus lacks it; near: {', '.join(near)}; leave "
-                "it out and scale the other proportions to 1"
+                f"the mixture names benchmark {name!r}, the corpus lacks it; near: {', '.join(near)}; "
+                "correct it, leave it out, or set skip_absent: true"
             )
     for name in members:
         if name not in shares:

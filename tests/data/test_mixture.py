@@ -29,6 +29,7 @@ def test_file(tmp_path: Path) -> None:
     assert mixture.as_dict() == {
         "examples_proportional_cap": 4096,
         "max_epochs": 4.0,
+        "skip_absent": False,
         "benchmarks": {"A": {"proportion": 1.0, "unit": "tokens", "max_epochs": 0.5}},
     }
 
@@ -39,6 +40,7 @@ def test_file(tmp_path: Path) -> None:
         ("cap: 3", "unknown key 'cap'; "),
         ("examples_proportional_caps: 3", "did you mean examples_proportional_cap"),
         ("examples_proportional_cap: 0", "is 0, expected a whole number from 1 up"),
+        ("skip_absent: 1", "skip_absent is 1, expected true or false"),
         ("max_epochs: 0", "max_epochs is 0, expected a number above 0; leave it out for no bound"),
         ("max_epochs: .inf", "max_epochs is inf, expected a number above 0"),
         (
@@ -72,3 +74,14 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, message: str) -> None:
         load_mixture(path)
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_the_mixture_of_the_paper() -> None:
+    mixture = load_mixture(Path(__file__).parents[2] / "examples" / "real" / "mixture.yaml")
+    assert mixture.examples_proportional_cap == 4096
+    shares = {name: share.proportion for name, share in mixture.benchmarks.items() if share.proportion}
+    eight = {"CrossFit": 4, "ExMix": 2, "FLAN": 20, "NIV2": 25, "PromptSource": 45, "T5": 2, "UnifiedSKG": 2}
+    expected = {name: percent * 0.0094 for name, percent in eight.items()}
+    assert shares == pytest.approx(expected | {"Reasoning": 0.01, "Pretraining": 0.05})
+    units = {share.unit for name, share in mixture.benchmarks.items() if name != "Pretraining"}
+    assert (units, mixture.benchmarks["Pretraining"].unit) == ({"examples"}, "tokens")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_iml.data.mixture import Mixture, Proportion
 from megatron_iml.data.shares import (
     TaskSize,
+    absent_benchmarks,
     blend_tasks,
     explain_benchmarks,
     explain_tasks,
@@ -190,6 +191,20 @@ def test_bounds_hold_and_proportions_with_them(
         assert draws @ [task.slots for task in tasks] == pytest.approx(
             rows * 2048, abs=0.6 * max(task.slots for task in tasks)
         )
+
+
+def test_absent_benchmarks_leave_their_part_to_the_others() -> None:
+    asked = mixture(
+        NIV2=(0.3, "examples"), T5=(0.5, "examples"), FLAN=(0.1, "examples"), replay=(0.1, "tokens")
+    )
+    asked = replace(asked, skip_absent=True)
+    shares = task_shares(asked, TASKS)
+    assert (shares[0] + shares[1]) / shares[2] == pytest.approx(3)
+    assert shares_of(asked, "tokens")["replay"] == pytest.approx(0.1)
+    assert absent_benchmarks(asked, TASKS) == ["T5"]
+    # Nothing is asked of a benchmark with 0, so it need not be there.
+    unused = mixture(NIV2=(1, "examples"), FLAN=(0, "examples"), replay=(0, "tokens"), T5=(0, "examples"))
+    assert task_shares(unused, TASKS).tolist() == pytest.approx([0.8, 0.2, 0, 0])
 
 
 def test_expected_values() -> None:

@@ -76,15 +76,24 @@ def packing_config(arguments: argparse.Namespace) -> "PackingConfig":
     )
 
 
+def compact(number: float) -> str:
+    """A number in three digits: 23.5M says more of an expected value than 23,514,208."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 10 * size or (unit != "k" and number >= size):
+            return f"{number / size:.3g}{unit}"
+    return f"{number:,.0f}"
+
+
 def print_expected(console: "Console", title: str, lines: "Sequence[Expected]") -> None:
     """A table of expected values and what part of the whole each is, in every unit."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Column, Table
 
-    numbers = ("documents", "effective", "drawn", "epochs", "tokens", "target tokens")
-    shares = ("% examples", "% tokens", "% targets")
+    numbers = ("docs", "capped", "drawn", "epochs", "tokens", "targets", "% ex", "% tok", "% tgt")
     # Task names begin with their benchmark; folded, since a cut one says nothing.
+    columns = [Column(name, justify="right", no_wrap=True) for name in numbers]
     table = Table(
-        Column(title, overflow="fold"), *(Column(name, justify="right") for name in numbers + shares)
+        Column(title, overflow="fold", min_width=12), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     totals = [
         sum(values) for values in zip(*((x.draws, x.tokens, x.target_tokens) for x in lines), strict=True)
@@ -93,13 +102,13 @@ def print_expected(console: "Console", title: str, lines: "Sequence[Expected]") 
         amounts = (line.draws, line.tokens, line.target_tokens)
         table.add_row(
             line.name,
-            f"{line.documents:,}",
-            f"{line.effective:,}",
-            f"{line.draws:,.0f}",
+            compact(line.documents),
+            compact(line.effective),
+            compact(line.draws),
             f"{line.epochs:.2f}",
-            f"{line.tokens:,.0f}",
-            f"{line.target_tokens:,.0f}",
-            *(f"{100 * amount / total:.2f}" for amount, total in zip(amounts, totals, strict=True)),
+            compact(line.tokens),
+            compact(line.target_tokens),
+            *(f"{100 * amount / max(total, 1):.2f}" for amount, total in zip(amounts, totals, strict=True)),
         )
     console.print(table)
 
@@ -109,21 +118,26 @@ def explain(corpus: "Corpus", config: "PackingConfig") -> int:
     from rich.console import Console
 
     from megatron_iml.data.plan_build import foresee_plan
-    from megatron_iml.data.shares import explain_benchmarks, explain_tasks
+    from megatron_iml.data.shares import absent_benchmarks, explain_benchmarks, explain_tasks
 
     outlook = foresee_plan(corpus, config)
     tasks = explain_tasks(config.mixture, outlook.blend, outlook.sizes)
-    console = Console()
+    terminal = Console()
+    # A pipe has no width, and the tables need some.
+    console = terminal if terminal.is_terminal else Console(width=max(120, terminal.width))
     print_expected(console, "task", tasks)
     print_expected(console, "benchmark", explain_benchmarks(tasks, outlook.sizes))
-    console.print(f"about {outlook.blend.draws:,} documents fill {config.rows:,} rows", soft_wrap=True)
+    lines = [f"about {outlook.blend.draws:,} documents fill {config.rows:,} rows"]
+    if absent := absent_benchmarks(config.mixture, outlook.sizes):
+        lines.append(f"not in the corpus: {', '.join(absent)}; the others divide their part")
     never = [size.name for size, quota in zip(outlook.sizes, outlook.quotas_K, strict=True) if quota == 0]
     if never:
-        console.print(
+        lines.append(
             f"{len(never):,} of {len(tasks):,} tasks get less than one document: {', '.join(never[:10])}"
-            f"{', ...' if len(never) > 10 else ''}",
-            soft_wrap=True,
+            f"{', ...' if len(never) > 10 else ''}"
         )
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
     for shortfall in outlook.blend.shortfalls:
         print(f"cannot be had: {shortfall}", file=sys.stderr)
     return 2 if outlook.blend.shortfalls else 0
