@@ -69,7 +69,7 @@ def _train_steps(run: Run, reporter: Reporter) -> int:
             losses = validation_losses(engine, run.validation_loaders)
             reporter.validation(state.step, losses)
         said = []
-        # Once, whichever reasons meet: a second save of a step would start by removing the first.
+        # Once, whichever reasons meet: a second save of a step would be refused.
         if is_last or stopped or _due(state.step, config.checkpoint.save_interval):
             said += run.store.save(engine, state, losses)
         # A finished save is marked complete here, at most one step late.
