@@ -46,12 +46,11 @@ def refuse(mistake: Exception, status: int = MISTAKE) -> int:
     return status
 
 
-def run_command(command: Callable[[], None]) -> int:
-    """Run it and return the exit status."""
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run it and return the exit status: its own if it returns one, else 0; 2 for a user's mistake."""
     quiet_engine()
     try:
-        command()
+        return command() or 0
     # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
     except (ValueError, OSError) as mistake:
         return refuse(mistake)
-    return 0

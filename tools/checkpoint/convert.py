@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_iml.command import run_command
+
 if TYPE_CHECKING:
     from megatron_iml.checkpoint.source import Source
     from megatron_iml.checkpoint.target import Target
@@ -117,13 +119,7 @@ def run(arguments: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 and one line for the user's mistakes."""
-    try:
-        summary = run(parse_arguments(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(summary)
-    return 0
+    return run_command(lambda: print(run(parse_arguments(arguments))))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_iml.command import run_command
+
 
 def parse_arguments() -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
@@ -38,25 +40,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    """Exit code 2 and one line for the user's mistakes."""
-    arguments = parse_arguments()
+def add(arguments: argparse.Namespace) -> None:
+    """Write the bench with demonstrations and say what is in it."""
     from megatron_iml.data.bench import Bench
     from megatron_iml.data.demonstrations import Demonstrations, add_demonstrations
 
-    try:
-        how = Demonstrations(
-            shots=arguments.shots,
-            zipf=arguments.zipf,
-            separator=arguments.separator.replace("\\n", "\n"),
-            longest_source=arguments.longest_source,
-            seed=arguments.seed,
-        )
-        bench = add_demonstrations(Bench.open(arguments.input), how, arguments.output, arguments.split)
-    # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    how = Demonstrations(
+        shots=arguments.shots,
+        zipf=arguments.zipf,
+        separator=arguments.separator.replace("\\n", "\n"),
+        longest_source=arguments.longest_source,
+        seed=arguments.seed,
+    )
+    bench = add_demonstrations(Bench.open(arguments.input), how, arguments.output, arguments.split)
     rows = sum(entry.examples for entry in bench.entries)
     print(f"{rows:,} prompts in {len(bench.entries)} files of {bench.folder}")
     repaired: dict[str, int] = {}
@@ -65,7 +61,11 @@ def main() -> int:
             repaired[what] = repaired.get(what, 0) + count
     for what, count in sorted(repaired.items()):
         print(f"  {count:,} {what}")
-    return 0
+
+
+def main() -> int:
+    """Exit code 2 and one line for the user's mistakes."""
+    return run_command(lambda: add(parse_arguments()))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_iml.command import run_command
+
 if TYPE_CHECKING:
     from megatron_iml.data.bench import Bench
 
@@ -101,20 +103,18 @@ def print_summary(bench: "Bench") -> None:
             console.print(f"{what}: {', '.join(names[:3])}{more}", markup=False, soft_wrap=True)
 
 
-def main() -> int:
-    """Exit code 2 and one line for the user's mistakes."""
-    arguments = parse_arguments()
-    try:
-        bench = build(arguments)
-    # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(arguments: argparse.Namespace) -> None:
+    """Build, or do this job's part, and say what became of it."""
+    bench = build(arguments)
     if bench is None:
         print("this job's tasks are written; when all jobs are done, run without --job-index and --num-jobs")
     else:
         print_summary(bench)
-    return 0
+
+
+def main() -> int:
+    """Exit code 2 and one line for the user's mistakes."""
+    return run_command(lambda: run(parse_arguments()))
 
 
 if __name__ == "__main__":

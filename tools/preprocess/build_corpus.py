@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_iml.command import run_command
+
 
 def parse_arguments() -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
@@ -77,21 +79,19 @@ def print_summary(manifest: dict[str, Any], seconds: float) -> None:
     console.print(f"{seconds:.1f} s; fingerprint {manifest['fingerprint']}", soft_wrap=True)
 
 
-def main() -> int:
-    """Exit code 2 and one line for the user's mistakes."""
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> None:
+    """Build, or do this job's part, and say what became of it."""
     began = time.monotonic()
-    try:
-        manifest = build(arguments)
-    # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    manifest = build(arguments)
     if manifest is None:
         print("this job's shards are written; when all jobs are done, run without --job-index and --num-jobs")
     else:
         print_summary(manifest, time.monotonic() - began)
-    return 0
+
+
+def main() -> int:
+    """Exit code 2 and one line for the user's mistakes."""
+    return run_command(lambda: run(parse_arguments()))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_iml.command import run_command
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -198,22 +200,18 @@ def print_summary(output: Path, manifest: dict[str, Any], seconds: float) -> Non
         Console().print(line, soft_wrap=True)
 
 
-def main() -> int:
-    """Exit code 2 and one line for the user's mistakes."""
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> int | None:
+    """Explain the mixture or write the plan."""
     from megatron_iml.data.corpus import Corpus
 
-    try:
-        config = packing_config(arguments)
-        corpus = Corpus.open(arguments.input)
-        if arguments.explain:
-            return explain(corpus, config)
-        write(corpus, config, arguments)
-    # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    config = packing_config(arguments)
+    corpus = Corpus.open(arguments.input)
+    return explain(corpus, config) if arguments.explain else write(corpus, config, arguments)
+
+
+def main() -> int:
+    """Exit code 2 and one line for the user's mistakes."""
+    return run_command(lambda: run(parse_arguments()))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_iml.command import run_command
+
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
@@ -226,13 +228,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     """Exit code 2 and one line for the user's mistakes, 1 for a corpus or plan that is not valid."""
-    arguments = parse_arguments()
-    try:
-        return show(arguments)
-    # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: show(parse_arguments()))
 
 
 if __name__ == "__main__":

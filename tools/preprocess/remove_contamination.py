@@ -7,6 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_iml.command import run_command
+
 
 def parse_arguments() -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
@@ -38,14 +40,7 @@ def remove(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Exit code 2 and one line for the user's mistakes."""
-    arguments = parse_arguments()
-    try:
-        remove(arguments)
-    # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: remove(parse_arguments()))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_iml.command import run_command
+
 
 def parse_arguments() -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
@@ -47,17 +49,15 @@ def train(arguments: argparse.Namespace) -> int:
     return examples
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Train and say from what."""
+    examples = train(arguments)
+    print(f"{arguments.output}: {arguments.vocab_size:,} entries learned from {examples:,} examples")
+
+
 def main() -> int:
     """Exit code 2 and one line for the user's mistakes."""
-    arguments = parse_arguments()
-    try:
-        examples = train(arguments)
-    # OSError: a folder where a file belongs, or no right to write, is the user's to mend as well.
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{arguments.output}: {arguments.vocab_size:,} entries learned from {examples:,} examples")
-    return 0
+    return run_command(lambda: run(parse_arguments()))
 
 
 if __name__ == "__main__":
