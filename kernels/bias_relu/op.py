@@ -30,6 +30,7 @@ def bias_relu(x_TF: Tensor, bias_F: Tensor) -> Tensor:
 class _BiasReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TF: Tensor, bias_F: Tensor) -> Tensor:
+        """The output is all that the backward needs."""
         from .kernel import run_forward
 
         y_TF = run_forward(x_TF.view(-1, x_TF.shape[-1]), bias_F).view(x_TF.shape)

@@ -96,6 +96,7 @@ class Writer(FileSystemWriterAsync):
         """The work in the background, and what follows it on every rank; `heard` gets every file's digest."""
 
         def finish() -> None:
+            """Hear from the writers; rank 0 then writes the metadata of all."""
             results, files, error = self.outcome.hear() if self.write_buckets else ([], {}, None)
             reports: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
             dist.gather_object((results, files), reports)

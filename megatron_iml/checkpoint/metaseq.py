@@ -45,9 +45,11 @@ class _Piece:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of its numbers."""
         return self.ranges[0][0].dtype
 
     def read(self) -> Tensor:
+        """The tensor, put together from its ranges."""
         parts = [stored.read().flatten()[start:stop] for stored, start, stop in self.ranges]
         # One range is a view on its file; a tensor that two shards share has to be put together.
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.shape)

@@ -108,9 +108,11 @@ class _Whole:
     num_parts: int
 
     def name(self, part: int) -> str:
+        """File of a part."""
         return "reshard.pt" if self.num_parts == 1 else f"reshard-model_part-{part}.pt"
 
     def files(self, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Any]]:
+        """Name and content of every file, tensors as gaps."""
         for part in range(self.num_parts):
             tensors = {
                 one.metaseq: TensorSpec(dtypes[one.name], _part_shape(one, self.num_parts), one.metaseq)
@@ -121,6 +123,7 @@ class _Whole:
             yield self.name(part), {"cfg": _configuration(self.model), "model": {VERSION: version, **tensors}}
 
     def pieces(self, parameter: Parameter, part: int, own: Tensor) -> Iterator[Piece]:
+        """The one place of a part of a parameter."""
         yield self.name(part), parameter.metaseq, own
 
 
@@ -137,6 +140,7 @@ class _Flat:
             self.starts.update({one.name: start for one, start in zip(group, starts, strict=False)})
 
     def numel(self, parameter: Parameter) -> int:
+        """Numbers of one part."""
         return math.prod(_part_shape(parameter, self.num_parts))
 
     def shards(self, group: list[Parameter]) -> list[tuple[int, int]]:
@@ -148,9 +152,11 @@ class _Flat:
         ]
 
     def name(self, part: int, shard: int) -> str:
+        """File of a shard of a part."""
         return f"checkpoint_last-model_part-{part}-shard{shard}.pt"
 
     def files(self, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Any]]:
+        """Name and content of every file, flat vectors as gaps."""
         found = sorted({str(dtype) for dtype in dtypes.values()})
         if len(found) != 1:
             raise ValueError(
@@ -178,6 +184,7 @@ class _Flat:
             yield self.name(part, shard), saved
 
     def pieces(self, parameter: Parameter, part: int, own: Tensor) -> Iterator[Piece]:
+        """The ranges of a part of a parameter, by the shards they lie in."""
         group = self.groups[0 if parameter.layer is None else parameter.layer + 1]
         _, key = _flat_names(group)
         start, flat = self.starts[parameter.name], own.flatten()

@@ -88,9 +88,11 @@ class _Slots:
 
     @property
     def num_real(self) -> int:
+        """Slots that hold tokens; the rest is padding."""
         return int(self.stops_N[-1]) if len(self.stops_N) else 0
 
     def layout(self, index: int, num_targets: int) -> RowLayout:
+        """The row as every stage needs it."""
         return RowLayout(index, self.positions_T, self.end_T, num_targets, self.num_real)
 
 

@@ -268,6 +268,7 @@ def _tally(draws: Draws, order_P: Int64, shared_P: Int64, taken: int, num_tasks:
     lengths = draws.lengths
 
     def per_task(chosen: Int64, weights: Int64 | None = None) -> Int64:
+        """Count documents, or sum weights, by task."""
         return np.bincount(draws.task_N[chosen], weights, minlength=num_tasks).astype(np.int64)
 
     every = np.arange(taken)

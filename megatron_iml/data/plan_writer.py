@@ -50,10 +50,12 @@ class _ArrayFile:
         np.lib.format.write_array_header_1_0(self._file, header | {"shape": (self._count,)})
 
     def append(self, values: NDArray) -> None:
+        """Write values behind those that are there."""
         self._file.write(values.astype(self._dtype).tobytes())
         self._count += len(values)
 
     def close(self) -> dict[str, Any]:
+        """Put the final count into the header."""
         self._file.seek(0)
         self._write_header()
         # numpy leaves room for the number to grow to 21 digits; without it data would be overwritten.

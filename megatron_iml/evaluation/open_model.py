@@ -90,11 +90,13 @@ def replicas_of(layout: Layout) -> Replicas:
     """This rank among the data-parallel replicas; rank 0 of the job writes."""
 
     def gather(mine: Any) -> list[Any]:
+        """What every replica has, in the order of replicas."""
         everyone: list[Any] = [None] * layout.data_size
         dist.all_gather_object(everyone, mine, group=layout.groups.dp)
         return everyone
 
     def broadcast(mine: Any) -> Any:
+        """Rank 0's."""
         box = [mine]
         dist.broadcast_object_list(box, src=0)
         return box[0]

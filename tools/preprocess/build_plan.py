@@ -161,6 +161,7 @@ def write(corpus: "Corpus", config: "PackingConfig", arguments: argparse.Namespa
         done = logged = 0
 
         def advance(documents: int, total: int) -> None:
+            """Move the bar and, now and then, log a line."""
             nonlocal done, logged
             done += documents
             progress.update(bar, advance=documents, total=max(total, done))
