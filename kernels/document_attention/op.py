@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from ..launch import require_kernel_device
 from ..philox import key_tensor
@@ -25,7 +24,7 @@ from .bounds import DocumentBounds
 LARGEST_HEAD_DIM = 128
 
 
-@custom_op("megatron_iml::document_attention", mutates_args=())
+@library.custom_op("megatron_iml::document_attention", mutates_args=())
 def _attention(
     qkv: Tensor, end: Tensor, schedule: Sequence[Tensor], dropout_key: Tensor, softmax_scale: float,
     dropout_probability: float, first_head: int,
@@ -39,7 +38,7 @@ def _attention(
     )
 
 
-@custom_op("megatron_iml::document_attention_backward", mutates_args=())
+@library.custom_op("megatron_iml::document_attention_backward", mutates_args=())
 def _attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse2: Tensor, end: Tensor, schedule: Sequence[Tensor],
     dropout_key: Tensor, softmax_scale: float, dropout_probability: float, first_head: int,

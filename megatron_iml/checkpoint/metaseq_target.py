@@ -49,6 +49,7 @@ def metaseq_target(
     head_dim = model.hidden_size // model.num_attention_heads
 
     def pieces(parameter: Parameter, full: Tensor) -> Iterator[Piece]:
+        """Every part's own rows or columns, in metaseq's order."""
         for part in range(num_parts):
             own = full if parameter.cut is None else full.chunk(num_parts, parameter.cut)[part]
             own = to_metaseq_qkv(own, head_dim) if parameter.is_qkv else own

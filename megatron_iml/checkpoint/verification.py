@@ -141,6 +141,8 @@ def _hugging_face(source: HuggingFaceSource) -> tuple[Iterator[Layer], Callable[
     }
 
     def layer(begin: str) -> Layer:
+        """Readers of the layer whose names begin so."""
+
         def norms(name: str) -> Tensor:
             place, kind = name.rsplit("_", 1)
             return source.raw(f"{begin}.{_OPT_NORMS[place]}.{kind}")
@@ -164,11 +166,14 @@ def _metaseq(source: MetaseqSource) -> tuple[Iterator[Layer], Callable[[str], Te
     }
 
     def layer(begin: str) -> Layer:
+        """Readers of the layer whose names begin so."""
+
         def norms(name: str) -> Tensor:
             place, kind = name.rsplit("_", 1)
             return source.raw(f"{begin}.{_OPT_NORMS[place]}.{kind}")[0]
 
         def projection(name: str, kind: str) -> Tensor:
+            """One whole projection, put together from its ranks."""
             if name in ("query", "key", "value"):
                 ranks = source.raw(f"{begin}.self_attn.qkv_proj.{kind}")
                 third = ("key", "value", "query").index(name)
@@ -204,6 +209,8 @@ def _native(source: NativeSource) -> tuple[Iterator[Layer], Callable[[str], Tens
     linears = {"output": "self_attention.linear_proj", "fc1": "mlp.linear_fc1", "fc2": "mlp.linear_fc2"}
 
     def layer(begin: str) -> Layer:
+        """Readers of the layer whose names begin so."""
+
         def norms(name: str) -> Tensor:
             place, kind = name.rsplit("_", 1)
             return source.read(table[f"{begin}.{places[place]}.{kind}"])
