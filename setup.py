@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["megatron_iml", "megatron_iml.*"]),
-    package_data={"megatron_iml.data": ["*.yaml", "sources/*.yaml"]},
+    package_data={"megatron_iml.data": ["sources/*.yaml", "taxonomy/*.yaml"]},
     install_requires=[
         "torch>=2.9",
         "megatron-core>=0.16.1,<0.17",

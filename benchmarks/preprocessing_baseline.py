@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from megatron_iml.data.bench import Bench
-from megatron_iml.data.corpus_chunks import EncodedChunk, encode_chunk, read_chunks
+from megatron_iml.data.bench.chunks import read_chunks
+from megatron_iml.data.bench.folder import Bench
+from megatron_iml.data.corpus.workers import EncodedChunk, encode_chunk
 
 
 def lines_of(bench: Bench) -> Iterator[bytes]:

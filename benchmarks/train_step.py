@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from megatron_iml.config import Config, load_config, rows_per_step
-from megatron_iml.data.loader import Piece, Row, assemble_row
+from megatron_iml.data.rows.assemble import Piece, Row, assemble_row
 from megatron_iml.model.initialise import initialise
 from megatron_iml.parallel.groups import start_distributed, stop_distributed
 from megatron_iml.parallel.rows import deal_rows

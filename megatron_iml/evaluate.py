@@ -41,7 +41,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from megatron_iml.config import load_config
-    from megatron_iml.data.bench import Bench
+    from megatron_iml.data.bench.folder import Bench
     from megatron_iml.evaluation.aggregate import aggregate
     from megatron_iml.evaluation.conditions import check_comparable, conditions_from_config
     from megatron_iml.evaluation.open_model import open_model

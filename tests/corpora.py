@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from megatron_iml.data.corpus import FORMAT_VERSION, Corpus, CorpusTask, canonical_digest
-from megatron_iml.data.corpus_build import BuildConfig, build_corpus
-from megatron_iml.data.corpus_format import ShardWriter
-from megatron_iml.data.packing import PackingConfig
-from megatron_iml.data.plan import Plan
-from megatron_iml.data.plan_build import build_plan
+from megatron_iml.data.corpus.build import BuildConfig, build_corpus
+from megatron_iml.data.corpus.folder import FORMAT_VERSION, Corpus, CorpusTask, canonical_digest
+from megatron_iml.data.corpus.format import ShardWriter
+from megatron_iml.data.plan.build import build_plan
+from megatron_iml.data.plan.folder import Plan
+from megatron_iml.data.plan.packing import PackingConfig
 
 # Rows of a bench by file: several references, a source that ends in a line break, none at all.
 ROWS = {

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_iml.data.loader import Piece, Row, RowLayout, assemble_row
-from megatron_iml.data.plan import ENTRY, Plan, PlanArrays
+from megatron_iml.data.plan.folder import ENTRY, Plan, PlanArrays
+from megatron_iml.data.rows.assemble import Piece, Row, assemble_row
+from megatron_iml.data.rows.layout import RowLayout
 
 
 class MemoryLoader:
-    """What `data.loader.Loader` offers, without files."""
+    """What `data.rows.loader.Loader` offers, without files."""
 
     def __init__(self, rows: Sequence[Sequence[Piece]], row_length: int) -> None:
         self.pieces = rows

@@ -40,6 +40,16 @@ MEGATRON_CORE_FLOORS = {"parallel", "model", "training", "checkpoint"}
 KERNEL_READERS = {"kernels", "model", "benchmarks"}
 KERNEL_LIBRARIES = {"torch", "triton"}
 WITHOUT_TORCH = {"config", "data"}
+HOPS_OF_DATA = {
+    "taxonomy": 1,
+    "sources": 2,
+    "bench": 3,
+    "contamination": 4,
+    "corpus": 4,
+    "plan": 5,
+    "rows": 6,
+}
+"""The way of the data; what all hops share, directly in data/, is at 0."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,20 @@ def torch_stays_out(module: Module) -> Iterator[str]:
             yield f"{line}: {name}"
 
 
+def hop_of_data(name: str) -> int:
+    """Where a module below megatron_iml.data stands on the way of the data."""
+    return HOPS_OF_DATA.get(name.split(".")[2], 0)
+
+
+def data_flows_one_way(module: Module) -> Iterator[str]:
+    for line, name in imports(module):
+        if module.place == "data" and name.startswith("megatron_iml.data."):
+            # data/__init__.py has no hop of its own and imports nothing.
+            here, there = hop_of_data(module.name), hop_of_data(name)
+            if there > here or (there == here > 0 and name.split(".")[2] != module.name.split(".")[2]):
+                yield f"{line}: hop {here} imports {name} of hop {there}"
+
+
 def no_grab_bags(module: Module) -> Iterator[str]:
     if module.path.stem in {"utils", "util", "misc", "common"}:
         yield f"1: {module.path.name} says nothing of what is in it"
@@ -191,6 +215,7 @@ RULES: dict[Callable[[Module], Iterator[str]], tuple[str, str]] = {
     kernels_have_their_readers: ("megatron_iml/training/x.py", "from megatron_iml.kernels import philox\n"),
     kernels_know_nothing_else: ("kernels/op/x.py", "from ...config import Config\n"),
     torch_stays_out: ("megatron_iml/data/x.py", "def f():\n    import torch.nn\n"),
+    data_flows_one_way: ("megatron_iml/data/bench/x.py", "from megatron_iml.data.corpus import format\n"),
     no_grab_bags: ("megatron_iml/data/utils.py", ""),
     files_are_short: ("megatron_iml/data/x.py", "\n" * 400),
     functions_are_short: ("tools/x.py", "def f():\n" + "    f()\n" * 59),

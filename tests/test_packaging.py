@@ -51,7 +51,7 @@ def test_the_wheel_holds_every_module(site: Path) -> None:
 
 def test_the_wheel_holds_the_tables(site: Path) -> None:
     tables = {path.relative_to(ROOT) for path in (ROOT / "megatron_iml").rglob("*.yaml")}
-    assert Path("megatron_iml/data/categories.yaml") in tables
+    assert Path("megatron_iml/data/taxonomy/categories.yaml") in tables
     assert {path.relative_to(site) for path in site.rglob("*.yaml")} == tables
 
 

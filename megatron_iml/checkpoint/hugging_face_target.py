@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_iml.config import ModelConfig
-from megatron_iml.data.tokenizer import Tokenizer, find_files
+from megatron_iml.data.corpus.tokenizer import Tokenizer, find_files
 
 from .file_plan import FilePlan, TensorSpec, safetensors_file, torch_archive
 from .hugging_face import REQUIRED_FIELDS, SHAPE_FIELDS

@@ -1,4 +1,4 @@
-"""The two types every benchmark is read into.
+"""The two types every benchmark is read into, and the hashes that stand for an example.
 
 What enters: whatever a reader of `data/sources/` finds in a folder. What leaves: a `Task`, which yields its
 `Example`s lazily and always in the same order.
@@ -7,11 +7,12 @@ What enters: whatever a reader of `data/sources/` finds in a folder. What leaves
             source="Answer the following question by reasoning step by step.\\nHow many ...?",
             targets=("48/2 = 24 ... The answer is 72",))
 
-No prompt delimiter is in `source` yet: `data/prompts.py` samples it when the bench is written.
+No prompt delimiter is in `source` yet: `bench/prompts.py` samples it when the bench is written.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Literal, get_args
 
 Metric = Literal["accuracy", "exact_match", "rouge_l"]
@@ -46,7 +47,7 @@ class Task:
     name: str
     benchmark: str
     category: str
-    """A reader gives the benchmark's own label; `data/categories.py` turns it into a category."""
+    """A reader gives the benchmark's own label; `taxonomy/categories.py` turns it into a category."""
     metric: Metric
     examples: Callable[[], Iterator[Example]]
     """Reads the task's files anew at every call, in the same order."""
@@ -57,3 +58,14 @@ class Task:
     ("copa" of super_glue__copa): evaluation averages over parts, then over benchmarks, then over tasks."""
     evaluation_only: bool = False
     """Made to be evaluated on (BBH, MMLU, RAFT): never trained on, whatever the splits file says."""
+
+
+def instance_hash(seed: int, task: str, instance: str) -> int:
+    """64 bits of a hash of an instance: the instances of a task in the order of it are in random order."""
+    digest = blake2b(f"{seed}\0{task}\0{instance}".encode(), digest_size=8, person=b"instance").digest()
+    return int.from_bytes(digest, "little")
+
+
+def source_hash(source: str) -> int:
+    """64 bits of a hash of an instance's source, to find equal ones."""
+    return int.from_bytes(blake2b(source.encode(), digest_size=8).digest(), "little")

@@ -19,8 +19,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_iml.data.bench.splits import LEVELS, Level
 from megatron_iml.data.example import Metric
-from megatron_iml.data.splits import LEVELS, Level
 
 
 @dataclass(frozen=True, slots=True)

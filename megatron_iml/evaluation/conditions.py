@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import orjson
 
 from megatron_iml.config.schema import Config
-from megatron_iml.data.splits import Split
+from megatron_iml.data.bench.splits import Split
 from megatron_iml.evaluation.prompts import InferencePrefix
 from megatron_iml.evaluation.ranking import Scoring
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_iml.data.tokenizer import Tokenizer
+from megatron_iml.data.corpus.tokenizer import Tokenizer
 from megatron_iml.evaluation.language_model import CacheT, LanguageModel
 from megatron_iml.evaluation.prompts import PromptRules, fit_prompt
 from megatron_iml.evaluation.question import Question

@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_iml.data.loader import Row
+from megatron_iml.data.rows.assemble import Row
 
 
 class KeyValueCache(Protocol):

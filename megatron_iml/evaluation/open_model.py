@@ -24,7 +24,7 @@ from megatron_iml.checkpoint.formats import is_foreign
 from megatron_iml.checkpoint.record import read_record
 from megatron_iml.checkpoint.weights import fill_weights
 from megatron_iml.config import Config, ParallelConfig, check_layout
-from megatron_iml.data.tokenizer import Tokenizer
+from megatron_iml.data.corpus.tokenizer import Tokenizer
 from megatron_iml.evaluation.replicas import Replicas
 from megatron_iml.model.build import build_model
 from megatron_iml.model.inference import InferenceModel

@@ -9,7 +9,7 @@ from pathlib import Path
 import orjson
 from matplotlib.figure import Figure
 
-from megatron_iml.data.splits import LEVELS
+from megatron_iml.data.bench.splits import LEVELS
 from megatron_iml.evaluation.aggregate import Aggregate, Estimate
 from megatron_iml.evaluation.tables import words
 

@@ -10,7 +10,7 @@ leaves: a `Question`, checked.
 from dataclasses import dataclass
 from itertools import islice
 
-from megatron_iml.data.bench import Bench, BenchFile, BenchRow
+from megatron_iml.data.bench.folder import Bench, BenchFile, BenchRow
 from megatron_iml.data.example import Metric
 
 

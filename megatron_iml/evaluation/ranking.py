@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_iml.data.loader import Piece, assemble_row
-from megatron_iml.data.tokenizer import Tokenizer
+from megatron_iml.data.corpus.tokenizer import Tokenizer
+from megatron_iml.data.rows.assemble import Piece, assemble_row
 from megatron_iml.evaluation.language_model import LanguageModel
 from megatron_iml.evaluation.prompts import PromptRules, fit_prompt
 from megatron_iml.evaluation.question import Question

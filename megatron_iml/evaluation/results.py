@@ -15,7 +15,7 @@ from pathlib import Path
 
 import orjson
 
-from megatron_iml.data.bench import BenchFile
+from megatron_iml.data.bench.folder import BenchFile
 from megatron_iml.data.files import write_atomically
 from megatron_iml.evaluation.aggregate import Estimate, TaskScore, estimate_examples
 from megatron_iml.evaluation.task import ExampleScore

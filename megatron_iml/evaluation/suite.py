@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_iml.data.bench import Bench
+from megatron_iml.data.bench.folder import Bench
 from megatron_iml.data.example import Metric
 from megatron_iml.evaluation.aggregate import TaskScore
 from megatron_iml.evaluation.conditions import task_fingerprint

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_iml.data.corpus.tokenizer import Tokenizer
 from megatron_iml.data.example import Metric
-from megatron_iml.data.tokenizer import Tokenizer
 from megatron_iml.evaluation.conditions import Conditions
 from megatron_iml.evaluation.generation import generate
 from megatron_iml.evaluation.language_model import LanguageModel

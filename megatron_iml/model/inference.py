@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_iml.data.loader import Piece, Row, assemble_row
+from megatron_iml.data.rows.assemble import Piece, Row, assemble_row
 from megatron_iml.parallel.groups import Layout
 
 from .cache import DecodeContext, KeyValueCache

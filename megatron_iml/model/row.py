@@ -1,6 +1,6 @@
 """What the model sees of one packed row, on a device.
 
-    MicroBatch   a `data.loader.Row` as tensors: tokens and targets only where a stage needs them
+    MicroBatch   a `data.rows.assemble.Row` as tensors: tokens and targets only where a stage needs them
     RowContext   what every layer needs: who sees whom, and which masks to draw
 
 T slots of the row, M targets.
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_iml.data.loader import Row, RowLayout
+from megatron_iml.data.rows.assemble import Row
+from megatron_iml.data.rows.layout import RowLayout
 from megatron_iml.kernels.document_attention import DocumentBounds
 
 from .cache import KeyValueCache

@@ -13,9 +13,9 @@ from megatron_iml.checkpoint.record import RunState, check_same_shape, read_reco
 from megatron_iml.checkpoint.store import CheckpointStore
 from megatron_iml.checkpoint.weights import check_weights, fill_weights
 from megatron_iml.config import Config, micro_batches_per_step, parameter_count, rows_per_step, save_config
-from megatron_iml.data.corpus import Corpus
-from megatron_iml.data.loader import Loader
-from megatron_iml.data.plan import Plan
+from megatron_iml.data.corpus.folder import Corpus
+from megatron_iml.data.plan.folder import Plan
+from megatron_iml.data.rows.loader import Loader
 from megatron_iml.model.initialise import initialise
 from megatron_iml.model.ops import choose_ops
 from megatron_iml.parallel.groups import Layout

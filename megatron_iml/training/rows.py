@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_iml.config import Config
-from megatron_iml.data.loader import Loader, Row, RowLayout, assemble_row
+from megatron_iml.data.rows.assemble import Row, assemble_row
+from megatron_iml.data.rows.layout import RowLayout
+from megatron_iml.data.rows.loader import Loader
 from megatron_iml.model.row import MicroBatch, to_device
 from megatron_iml.parallel.groups import Layout
 from megatron_iml.parallel.rows import deal_rows

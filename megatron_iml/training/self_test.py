@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_iml.config import POSITION_OFFSET
-from megatron_iml.data.loader import Piece, Row, assemble_row
+from megatron_iml.data.rows.assemble import Piece, Row, assemble_row
 from megatron_iml.model.parameters import named_global_parameters
 
 from .copies import check_copies

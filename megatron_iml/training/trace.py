@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_iml.data.loader import Row
+from megatron_iml.data.rows.assemble import Row
 from megatron_iml.model.row import to_device
 
 from .engine import Engine

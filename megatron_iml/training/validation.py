@@ -7,7 +7,7 @@ The mean is over targets, with the same sum-then-divide-once as training, so it 
 
 from collections.abc import Mapping
 
-from megatron_iml.data.loader import Loader
+from megatron_iml.data.rows.loader import Loader
 
 from .engine import Engine
 from .rows import step_rows

@@ -10,7 +10,7 @@ import torch
 from helpers import single_rank, tiny_config
 
 from megatron_iml.checkpoint.weights import fill_weights
-from megatron_iml.data.tokenizer import Tokenizer, train_byte_level_bpe
+from megatron_iml.data.corpus.tokenizer import Tokenizer, train_byte_level_bpe
 from megatron_iml.model.build import build_model
 from megatron_iml.model.inference import InferenceModel
 

@@ -15,7 +15,7 @@ from megatron_iml.checkpoint.formats import open_source
 from megatron_iml.checkpoint.native import NativeSource
 from megatron_iml.checkpoint.parameter_map import parameters
 from megatron_iml.checkpoint.weights import fill_weights
-from megatron_iml.data.loader import Piece, assemble_row
+from megatron_iml.data.rows.assemble import Piece, assemble_row
 from megatron_iml.model.build import build_model
 from megatron_iml.model.initialise import initialise
 from megatron_iml.model.parameters import named_global_parameters

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from corpora import ROWS, build, random_documents, write_bench, write_corpus
 
-from megatron_iml.data.corpus import Corpus
-from megatron_iml.data.corpus_build import BuildConfig
-from megatron_iml.data.tokenizer import Tokenizer, train_byte_level_bpe
+from megatron_iml.data.corpus.build import BuildConfig
+from megatron_iml.data.corpus.folder import Corpus
+from megatron_iml.data.corpus.tokenizer import Tokenizer, train_byte_level_bpe
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from readers import write_files
 
-from megatron_iml.data.bench import verify_bench
-from megatron_iml.data.bench_config import load_bench_config
+from megatron_iml.data.bench.config import load_bench_config
+from megatron_iml.data.bench.folder import verify_bench
+from megatron_iml.data.bench.levels import levels_of
 from megatron_iml.data.ledger import Drops
-from megatron_iml.data.levels import levels_of
 
 ROOT = Path(__file__).parents[2]
 DEVSET = ROOT.parent / "shared" / "devset"

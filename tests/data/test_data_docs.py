@@ -5,10 +5,10 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_iml.data.categories import load_categories
-from megatron_iml.data.demonstrations import Demonstrations
-from megatron_iml.data.sources import READERS
-from megatron_iml.data.splits import Splits
+from megatron_iml.data.bench.demonstrations import Demonstrations
+from megatron_iml.data.bench.splits import Splits
+from megatron_iml.data.sources.registry import READERS
+from megatron_iml.data.taxonomy.categories import load_categories
 
 DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from readers import write_files
 
-from megatron_iml.data.bench import Bench, verify_bench
-from megatron_iml.data.bench_config import load_bench_config
-from megatron_iml.data.bench_writer import build_bench
+from megatron_iml.data.bench.config import load_bench_config
+from megatron_iml.data.bench.folder import Bench, verify_bench
+from megatron_iml.data.bench.splits import Splits
+from megatron_iml.data.bench.writer import build_bench
 from megatron_iml.data.example import Example, Task
 from megatron_iml.data.ledger import Drops
-from megatron_iml.data.splits import Splits
 
 LONG = "word " * 9_500
 FORTY = [f"reference {index}" for index in range(40)]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_iml.data.bench import Bench
-from megatron_iml.data.corpus import Corpus
-from megatron_iml.data.plan import Plan
+from megatron_iml.data.bench.folder import Bench
+from megatron_iml.data.corpus.folder import Corpus
+from megatron_iml.data.plan.folder import Plan
 
 MANIFESTS = {
     "bench": {"format_version": 2, "seed": 1, "splits": {}, "files": []},

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from corpora import lengths_document, write_corpus
 
-from megatron_iml.data.corpus import Corpus
-from megatron_iml.data.loader import Loader
-from megatron_iml.data.plan import Plan
+from megatron_iml.data.corpus.folder import Corpus
+from megatron_iml.data.plan.folder import Plan
+from megatron_iml.data.rows.loader import Loader
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train_tokenizer", "build_corpus", "build_plan", "inspect_corpus")

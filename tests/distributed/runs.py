@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_iml.checkpoint.record import RunState
 from megatron_iml.checkpoint.store import CheckpointStore
 from megatron_iml.config import CheckpointConfig, Config, DataConfig, OptimizerConfig, ParallelConfig
-from megatron_iml.data.loader import Piece, Row, assemble_row
+from megatron_iml.data.rows.assemble import Piece, Row, assemble_row
 from megatron_iml.model import build
 from megatron_iml.model.initialise import initialise
 from megatron_iml.model.parameters import named_global_parameters, tensor_parallel_dim

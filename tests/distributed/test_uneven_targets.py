@@ -6,7 +6,7 @@ import runs
 from pool import Pool
 
 from megatron_iml.config import ParallelConfig
-from megatron_iml.data.loader import Piece, Row, assemble_row
+from megatron_iml.data.rows.assemble import Piece, Row, assemble_row
 from megatron_iml.training.rows import StepRows, empty_row
 from megatron_iml.training.step import train_step
 

@@ -7,8 +7,8 @@ import torch
 from end_to_end.conftest import finish, launch, rows_of, train_command
 from torch.nn.functional import cross_entropy
 
-from megatron_iml.data.corpus import Corpus
-from megatron_iml.data.plan import Plan
+from megatron_iml.data.corpus.folder import Corpus
+from megatron_iml.data.plan.folder import Plan
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,9 +9,9 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
-from megatron_iml.data.bench import verify_bench
-from megatron_iml.data.corpus import Corpus
-from megatron_iml.data.tokenizer import train_byte_level_bpe
+from megatron_iml.data.bench.folder import verify_bench
+from megatron_iml.data.corpus.folder import Corpus
+from megatron_iml.data.corpus.tokenizer import train_byte_level_bpe
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,15 +19,15 @@ ROOT = Path(__file__).parents[2]
 RUN = """
 import os, signal, sys
 from pathlib import Path
-from megatron_iml.data import corpus_chunks
-from megatron_iml.data.bench_config import load_bench_config
-from megatron_iml.data.bench_writer import build_bench
-from megatron_iml.data.contamination import Search, find_contamination
-from megatron_iml.data.corpus_build import BuildConfig, build_corpus
+from megatron_iml.data.bench import chunks
+from megatron_iml.data.bench.config import load_bench_config
+from megatron_iml.data.bench.writer import build_bench
+from megatron_iml.data.contamination.search import Search, find_contamination
+from megatron_iml.data.corpus.build import BuildConfig, build_corpus
 from megatron_iml.data.ledger import Drops
 
 inputs, output, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-corpus_chunks.CHUNK_BYTES = 200
+chunks.CHUNK_BYTES = 200
 reports = 0
 
 def report(*_):

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from end_to_end.conftest import ROOT, finish, launch, rows_of, tool, train_command
 
-from megatron_iml.data.bench import verify_bench
-from megatron_iml.data.corpus import Corpus
-from megatron_iml.data.plan import Plan
+from megatron_iml.data.bench.folder import verify_bench
+from megatron_iml.data.corpus.folder import Corpus
+from megatron_iml.data.plan.folder import Plan
 
 DEVSET = ROOT.parent / "shared" / "devset"
 TOKENIZER = DEVSET / "tokenizer" / "metaseq-opt"

@@ -13,9 +13,9 @@ import numpy as np
 import orjson
 import pytest
 
-from megatron_iml.data.bench import BenchFile, file_stem, manifest_bytes
-from megatron_iml.data.loader import Row
-from megatron_iml.data.tokenizer import Tokenizer, train_byte_level_bpe
+from megatron_iml.data.bench.folder import BenchFile, file_stem, manifest_bytes
+from megatron_iml.data.corpus.tokenizer import Tokenizer, train_byte_level_bpe
+from megatron_iml.data.rows.assemble import Row
 from megatron_iml.evaluation.conditions import Conditions
 from megatron_iml.evaluation.task import Evaluator
 

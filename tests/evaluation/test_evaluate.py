@@ -15,7 +15,7 @@ from helpers import CPU_ENVIRONMENT
 from megatron_iml.checkpoint.record import RunState
 from megatron_iml.checkpoint.store import CheckpointStore
 from megatron_iml.config import CheckpointConfig, Config, TrainingConfig, load_config
-from megatron_iml.data.tokenizer import Tokenizer, train_byte_level_bpe
+from megatron_iml.data.corpus.tokenizer import Tokenizer, train_byte_level_bpe
 from megatron_iml.evaluate import main as evaluate
 from megatron_iml.evaluation.open_model import fingerprint_weights
 from megatron_iml.generate import main as generate

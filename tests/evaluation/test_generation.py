@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_iml.data.tokenizer import Tokenizer
+from megatron_iml.data.corpus.tokenizer import Tokenizer
 from megatron_iml.evaluation.generation import Generation, generate
 from megatron_iml.evaluation.prompts import PromptRules
 from megatron_iml.evaluation.question import Question

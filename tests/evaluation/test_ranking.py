@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_iml.data.tokenizer import Tokenizer
+from megatron_iml.data.corpus.tokenizer import Tokenizer
 from megatron_iml.evaluation.prompts import PromptRules
 from megatron_iml.evaluation.question import Question
 from megatron_iml.evaluation.ranking import Tree, encode_candidates, grow_trees, pack_trees, rank

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megatron_iml.data.bench import BenchFile
+from megatron_iml.data.bench.folder import BenchFile
 from megatron_iml.evaluation.aggregate import Estimate, TaskScore
 from megatron_iml.evaluation.results import TaskResult, read_scores, summarise, write_result
 from megatron_iml.evaluation.task import ExampleScore

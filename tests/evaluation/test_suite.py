@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron_iml.data.bench import Bench
+from megatron_iml.data.bench.folder import Bench
 from megatron_iml.evaluation.aggregate import TaskScore
 from megatron_iml.evaluation.replicas import Replicas
 from megatron_iml.evaluation.suite import evaluate_bench

@@ -8,7 +8,7 @@ import torch
 from helpers import single_rank, tiny_config
 
 from megatron_iml.config import OPT_SIZES, ModelConfig, parameter_count
-from megatron_iml.data.loader import Piece, assemble_row
+from megatron_iml.data.rows.assemble import Piece, assemble_row
 from megatron_iml.model.build import build_model
 from megatron_iml.model.initialise import initialise
 from megatron_iml.model.parameters import named_global_parameters

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from helpers import single_rank, tiny_config
 
-from megatron_iml.data.loader import Piece, assemble_row
+from megatron_iml.data.rows.assemble import Piece, assemble_row
 from megatron_iml.model.build import build_model
 from megatron_iml.model.inference import InferenceModel
 from megatron_iml.model.initialise import initialise

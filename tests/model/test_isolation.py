@@ -6,7 +6,7 @@ import torch
 from helpers import single_rank, tiny_config
 from torch import Tensor
 
-from megatron_iml.data.loader import Piece, assemble_row
+from megatron_iml.data.rows.assemble import Piece, assemble_row
 from megatron_iml.model.build import build_model
 from megatron_iml.model.initialise import initialise
 from megatron_iml.model.opt import OPTModel

@@ -17,9 +17,10 @@ from helpers import single_rank, tiny_config
 from torch import Tensor
 
 from megatron_iml.config import Config
-from megatron_iml.data.loader import Loader, Piece, Row, assemble_row
-from megatron_iml.data.mixture import Mixture
-from megatron_iml.data.packing import PackingConfig
+from megatron_iml.data.plan.mixture import Mixture
+from megatron_iml.data.plan.packing import PackingConfig
+from megatron_iml.data.rows.assemble import Piece, Row, assemble_row
+from megatron_iml.data.rows.loader import Loader
 from megatron_iml.model.build import build_model
 from megatron_iml.model.initialise import initialise
 from megatron_iml.model.parameters import named_global_parameters

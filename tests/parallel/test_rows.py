@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_iml.config import ModelConfig
 from megatron_iml.config.sizes import opt_size
-from megatron_iml.data.mixture import Mixture
-from megatron_iml.data.packing import PackingConfig
+from megatron_iml.data.plan.mixture import Mixture
+from megatron_iml.data.plan.packing import PackingConfig
 from megatron_iml.parallel.rows import deal_rows
 from megatron_iml.training.flops import row_flops
 

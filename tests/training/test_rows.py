@@ -8,7 +8,8 @@ import torch
 from helpers import tiny_config
 from plans import MemoryLoader
 
-from megatron_iml.data.loader import Piece, Row, RowLayout
+from megatron_iml.data.rows.assemble import Piece, Row
+from megatron_iml.data.rows.layout import RowLayout
 from megatron_iml.parallel.groups import Layout
 from megatron_iml.training.flops import row_flops
 from megatron_iml.training.rows import StepRows, empty_row, step_rows

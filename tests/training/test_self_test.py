@@ -10,7 +10,7 @@ import runs
 import torch
 from torch import Tensor
 
-from megatron_iml.data.loader import assemble_row
+from megatron_iml.data.rows.assemble import assemble_row
 from megatron_iml.kernels.document_attention import DocumentBounds, document_attention_reference
 from megatron_iml.model import build, layer, opt
 from megatron_iml.model.ops import REFERENCE

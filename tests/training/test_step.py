@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_iml.config import Config
-from megatron_iml.data.loader import Piece, Row, assemble_row
+from megatron_iml.data.rows.assemble import Piece, Row, assemble_row
 from megatron_iml.model.parameters import named_global_parameters
 from megatron_iml.training.engine import Engine
 from megatron_iml.training.rows import StepRows

@@ -42,8 +42,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def add(arguments: argparse.Namespace) -> None:
     """Write the bench with demonstrations and say what is in it."""
-    from megatron_iml.data.bench import Bench
-    from megatron_iml.data.demonstrations import Demonstrations, add_demonstrations
+    from megatron_iml.data.bench.demonstrations import Demonstrations, add_demonstrations
+    from megatron_iml.data.bench.folder import Bench
 
     how = Demonstrations(
         shots=arguments.shots,

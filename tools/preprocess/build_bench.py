@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from megatron_iml.command import run_command
 
 if TYPE_CHECKING:
-    from megatron_iml.data.bench import Bench
+    from megatron_iml.data.bench.folder import Bench
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,11 +40,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def build(arguments: argparse.Namespace) -> "Bench | None":
     """Write the bench, or a job's share of it, behind a progress bar."""
-    from megatron_iml.data.bench_config import load_bench_config
-    from megatron_iml.data.bench_writer import build_bench
+    from megatron_iml.data.bench.config import load_bench_config
+    from megatron_iml.data.bench.levels import missing_names
+    from megatron_iml.data.bench.writer import build_bench
     from megatron_iml.data.jobs import Job
     from megatron_iml.data.ledger import Drops
-    from megatron_iml.data.levels import missing_names
     from megatron_iml.data.progress import showing_progress
 
     config = load_bench_config(arguments.config, arguments.source_root)

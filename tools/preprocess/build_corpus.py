@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def build(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Build the corpus, or a job's share of it, behind a progress bar."""
-    from megatron_iml.data.corpus_build import BuildConfig, build_corpus
+    from megatron_iml.data.corpus.build import BuildConfig, build_corpus
     from megatron_iml.data.jobs import Job
     from megatron_iml.data.progress import showing_progress
 

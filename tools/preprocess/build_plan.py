@@ -19,9 +19,9 @@ from megatron_iml.command import run_command
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from megatron_iml.data.corpus import Corpus
-    from megatron_iml.data.packing import PackingConfig
-    from megatron_iml.data.shares import Expected
+    from megatron_iml.data.corpus.folder import Corpus
+    from megatron_iml.data.plan.packing import PackingConfig
+    from megatron_iml.data.plan.shares import Expected
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,8 +63,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def packing_config(arguments: argparse.Namespace) -> "PackingConfig":
     """The arguments as the library takes them."""
-    from megatron_iml.data.mixture import Mixture, load_mixture
-    from megatron_iml.data.packing import PackingConfig
+    from megatron_iml.data.plan.mixture import Mixture, load_mixture
+    from megatron_iml.data.plan.packing import PackingConfig
 
     return PackingConfig(
         mixture=load_mixture(arguments.mixture) if arguments.mixture else Mixture(),
@@ -119,8 +119,8 @@ def explain(corpus: "Corpus", config: "PackingConfig") -> int:
     """Print what the mixture would draw; exit code 2 if it cannot be followed."""
     from rich.console import Console
 
-    from megatron_iml.data.plan_build import foresee_plan
-    from megatron_iml.data.shares import absent_benchmarks, explain_benchmarks, explain_tasks
+    from megatron_iml.data.plan.build import foresee_plan
+    from megatron_iml.data.plan.shares import absent_benchmarks, explain_benchmarks, explain_tasks
 
     outlook = foresee_plan(corpus, config)
     tasks = explain_tasks(config.mixture, outlook.blend, outlook.sizes)
@@ -150,7 +150,7 @@ def write(corpus: "Corpus", config: "PackingConfig", arguments: argparse.Namespa
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from megatron_iml.data.plan_build import build_plan
+    from megatron_iml.data.plan.build import build_plan
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -203,7 +203,7 @@ def print_summary(output: Path, manifest: dict[str, Any], seconds: float) -> Non
 
 def run(arguments: argparse.Namespace) -> int | None:
     """Explain the mixture or write the plan."""
-    from megatron_iml.data.corpus import Corpus
+    from megatron_iml.data.corpus.folder import Corpus
 
     config = packing_config(arguments)
     corpus = Corpus.open(arguments.input)

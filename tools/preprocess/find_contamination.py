@@ -38,8 +38,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def find(arguments: argparse.Namespace) -> None:
     """Search behind a progress bar, write the report, print its head."""
-    from megatron_iml.data.contamination import Search, find_contamination
-    from megatron_iml.data.contamination_report import DECISION_FILE, REPORT, write_report
+    from megatron_iml.data.contamination.report import DECISION_FILE, REPORT, write_report
+    from megatron_iml.data.contamination.search import Search, find_contamination
     from megatron_iml.data.progress import showing_progress
 
     search = Search(arguments.input, arguments.output, arguments.ngram, arguments.workers)

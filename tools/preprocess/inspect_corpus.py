@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from megatron_iml.data.corpus import Corpus
-    from megatron_iml.data.plan import Plan
-    from megatron_iml.data.tokenizer import Tokenizer
+    from megatron_iml.data.corpus.folder import Corpus
+    from megatron_iml.data.corpus.tokenizer import Tokenizer
+    from megatron_iml.data.plan.folder import Plan
 
 FAULTS_SHOWN = 50
 
@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def load_tokenizer(folder: Path, corpus: "Corpus") -> "Tokenizer":
     """Return the tokenizer that the corpus was made with."""
-    from megatron_iml.data.tokenizer import Tokenizer
+    from megatron_iml.data.corpus.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(folder)
     # Another tokenizer would decode every id to some text, and the text would mislead.
@@ -106,7 +106,7 @@ def show_document(console: "Console", corpus: "Corpus", arguments: argparse.Name
 
 def show_row(console: "Console", corpus: "Corpus", plan: "Plan", arguments: argparse.Namespace) -> None:
     """Print the documents of a row, or its slots."""
-    from megatron_iml.data.loader import Loader
+    from megatron_iml.data.rows.loader import Loader
 
     check_number("row", arguments.row, plan.num_rows)
     tokenizer = load_tokenizer(arguments.tokenizer_model, corpus)
@@ -177,7 +177,8 @@ def validate(console: "Console", corpus: "Corpus", plan: "Plan | None") -> int:
     """Print what is wrong; exit code 1 if anything is."""
     from rich.text import Text
 
-    from megatron_iml.data.validation import corpus_faults, plan_faults
+    from megatron_iml.data.corpus.validation import corpus_faults
+    from megatron_iml.data.plan.validation import plan_faults
 
     checks = [(f"corpus {corpus.folder}", corpus_faults(corpus))]
     if plan:
@@ -204,9 +205,9 @@ def show(arguments: argparse.Namespace) -> int:
     """Print what is asked for and return the exit code."""
     from rich.console import Console
 
-    from megatron_iml.data.corpus import Corpus
-    from megatron_iml.data.loader import Loader
-    from megatron_iml.data.plan import Plan
+    from megatron_iml.data.corpus.folder import Corpus
+    from megatron_iml.data.plan.folder import Plan
+    from megatron_iml.data.rows.loader import Loader
 
     terminal = Console()
     # Columns of a table need room, and a pipe has no width.

@@ -24,8 +24,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def remove(arguments: argparse.Namespace) -> None:
     """Write the bench and print what went, by file."""
-    from megatron_iml.data.bench import Bench
-    from megatron_iml.data.decontaminate import remove_contamination
+    from megatron_iml.data.bench.folder import Bench
+    from megatron_iml.data.contamination.removal import remove_contamination
 
     before = {entry.file: entry.examples for entry in Bench.open(arguments.input).entries}
     bench = remove_contamination(

@@ -28,8 +28,8 @@ def train(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from megatron_iml.data.bench import Bench
-    from megatron_iml.data.tokenizer import train_byte_level_bpe
+    from megatron_iml.data.bench.folder import Bench
+    from megatron_iml.data.corpus.tokenizer import train_byte_level_bpe
 
     bench = Bench.open(arguments.input)
     # The training split unless told otherwise: merges learned from held-out text would leak it.

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from megatron_iml.data.data_sources import data_source
 from megatron_iml.data.example import Metric, Task
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.sources.form import Form, Instances, make_task
 from megatron_iml.data.sources.instructions import instruction_of, load_instructions
 from megatron_iml.data.tables import separated_lines, table_rows
+from megatron_iml.data.taxonomy.data_sources import data_source
 from megatron_iml.data.text_files import as_text, json_lines, source_files, text_lines
 
 BENCHMARK = "ExMix"

@@ -21,12 +21,12 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
-from megatron_iml.data.data_sources import data_source
 from megatron_iml.data.example import Metric, Task
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.sources.form import Form, Instances, make_task
 from megatron_iml.data.sources.jinja_templates import draw
 from megatron_iml.data.tables import table_files, table_rows
+from megatron_iml.data.taxonomy.data_sources import data_source
 from megatron_iml.data.text_files import as_text, as_texts, json_object
 
 BENCHMARK = "FLAN"

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from megatron_iml.data.data_sources import data_source
 from megatron_iml.data.example import Example, Task
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.sources.reasoning_form import (
@@ -25,6 +24,7 @@ from megatron_iml.data.sources.reasoning_form import (
     reasoning_source,
     reasoning_target,
 )
+from megatron_iml.data.taxonomy.data_sources import data_source
 from megatron_iml.data.text_files import source_files, text_lines
 
 

@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_iml.data.data_sources import data_source
 from megatron_iml.data.example import Example, Metric, Task
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.sources.jinja_templates import Prompt, Template, draw, load_templates
 from megatron_iml.data.tables import KINDS, table_rows
+from megatron_iml.data.taxonomy.data_sources import data_source
 
 BENCHMARK = "PromptSource"
 

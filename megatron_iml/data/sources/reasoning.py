@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_iml.data.data_sources import data_source
 from megatron_iml.data.example import Task
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.sources.form import Form, Instances, make_task
@@ -32,6 +31,7 @@ from megatron_iml.data.sources.reasoning_form import (
 )
 from megatron_iml.data.sources.reasoning_joined import Solved, cos_e, e_snli, wino_why
 from megatron_iml.data.tables import table_rows
+from megatron_iml.data.taxonomy.data_sources import data_source
 from megatron_iml.data.text_files import json_object, source_files
 
 Reader = Callable[[Path], Iterator[tuple[str, Solved]]]

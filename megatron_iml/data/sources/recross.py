@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_iml.data.data_sources import data_source
 from megatron_iml.data.example import Task
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.sources.form import Form, Instances, make_task
 from megatron_iml.data.sources.jinja_templates import plain_name, turned_templates
+from megatron_iml.data.taxonomy.data_sources import data_source
 from megatron_iml.data.text_files import as_text, as_texts, json_value, source_files
 
 BENCHMARK = "PromptSource"

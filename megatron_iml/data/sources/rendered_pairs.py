@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_iml.data.categories import load_categories
-from megatron_iml.data.data_sources import data_source
 from megatron_iml.data.example import Task
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.sources.form import Form, Instances, make_task
 from megatron_iml.data.sources.jinja_templates import plain_name, turned_templates
+from megatron_iml.data.taxonomy.categories import load_categories
+from megatron_iml.data.taxonomy.data_sources import data_source
 from megatron_iml.data.text_files import as_text, json_lines, source_files
 
 END_OF_TEXT = "<|endoftext|>"
@@ -67,7 +67,7 @@ def _data_set(path: Path, names: dict[str, str], benchmark: str) -> str:
     fitting = [name for name in names if stem == name or stem.startswith(name + "_")]
     if not fitting:
         raise ValueError(
-            f"{path}: the name begins with no data set of {benchmark} in data/categories.yaml; "
+            f"{path}: the name begins with no data set of {benchmark} in taxonomy/categories.yaml; "
             "rename the file, or add its data set"
         )
     return names[max(fitting, key=len)]

@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_iml.data.data_sources import data_source
 from megatron_iml.data.example import Example, Task
 from megatron_iml.data.ledger import Drops, TaskCounts
+from megatron_iml.data.taxonomy.data_sources import data_source
 from megatron_iml.data.text_files import as_texts, json_object, source_files, text_lines
 
 BENCHMARK = "NIV2"

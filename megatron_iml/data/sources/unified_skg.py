@@ -18,12 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_iml.data.data_sources import data_source
 from megatron_iml.data.example import Task
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.sources.form import Form, Instances, make_task
 from megatron_iml.data.sources.instructions import instruction_of, load_instructions
 from megatron_iml.data.tables import table_rows
+from megatron_iml.data.taxonomy.data_sources import data_source
 from megatron_iml.data.text_files import as_text, as_texts, source_files
 
 BENCHMARK = "UnifiedSKG"

@@ -1,0 +1,61 @@
+"""The index against a dictionary: which rows hold which n-gram, which are templates."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from megatron_iml.data.contamination.index import IndexBuilder, NgramIndex
+
+
+def test_index_is_the_dictionary(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    first_rows = np.array([0, 40, 400])
+    known = rng.integers(0, 2**64, 3000, dtype=np.uint64)
+    builder = IndexBuilder(tmp_path)
+    rows_of: dict[int, set[int]] = defaultdict(set)
+    for start in range(0, 400, 100):
+        rows = np.repeat(np.arange(start, start + 100), 20)
+        hashes = rng.choice(known, len(rows))
+        # Rows 0 to 4 of the first file share one n-gram: 5 of 40, more than a twentieth and than four.
+        hashes[rows < 5] = known[0]
+        # 10 of 360 are no template of the second file.
+        hashes[(rows >= 50) & (rows < 60)] = known[1]
+        builder.add(hashes, rows)
+        for value, row in zip(hashes.tolist(), rows.tolist(), strict=True):
+            rows_of[value].add(row)
+    builder.finish(first_rows, np.array([0, 1]))
+    index = NgramIndex.open(tmp_path)
+    assert index.hashes_U.tolist() == sorted(rows_of)
+
+    absent = rng.integers(0, 2**64, 5000, dtype=np.uint64)
+    asked = np.concatenate([absent, known])
+    places, numbers = index.find(asked)
+    expected = [place for place, value in enumerate(asked.tolist()) if value in rows_of]
+    assert places.tolist() == expected
+    assert index.hashes_U[numbers].tolist() == asked[expected].tolist()
+    for place, number in list(zip(places, numbers, strict=True))[::50]:
+        assert index.rows_of(np.array([number])).tolist() == sorted(rows_of[int(asked[place])])
+    assert index.rows_of(numbers).tolist() == sorted(set().union(*rows_of.values()))
+
+    template = {
+        value for value, flag in zip(index.hashes_U.tolist(), index.is_template_U, strict=True) if flag
+    }
+    assert int(known[0]) in template and int(known[1]) not in template
+
+
+def test_evaluation_without_any_ngram(tmp_path: Path) -> None:
+    builder = IndexBuilder(tmp_path)
+    builder.add(np.empty(0, np.uint64), np.empty(0, np.int64))
+    builder.finish(np.array([0, 3]), np.array([0]))
+    places, numbers = NgramIndex.open(tmp_path).find(np.array([1, 2], np.uint64))
+    assert len(places) == len(numbers) == 0
+
+
+def test_validation_and_test_of_a_task_share_their_templates(tmp_path: Path) -> None:
+    # Three rows of each of two files: too few in either, five and more together.
+    for tasks, is_template in (([0, 0], True), ([0, 1], False)):
+        builder = IndexBuilder(tmp_path)
+        builder.add(np.full(6, 7, np.uint64), np.array([0, 1, 2, 10, 11, 12]))
+        builder.finish(np.array([0, 10, 20]), np.array(tasks))
+        assert NgramIndex.open(tmp_path).is_template_U.tolist() == [is_template]

@@ -1,0 +1,56 @@
+"""Writing plans: whatever comes in pieces is one .npy file, and its header fits numbers of any size."""
+
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_iml.data.plan.folder import ENTRY, Plan
+from megatron_iml.data.plan.writer import PackedRows, PlanWriter, finished_plan
+
+ORIGIN = {"corpus_fingerprint": "c", "row_length": 8, "max_positions": 8}
+
+
+def rows(*documents: int) -> PackedRows:
+    """One row of two such documents each."""
+    entries = np.zeros(2 * len(documents), dtype=ENTRY)
+    entries["document"] = np.repeat(documents, 2)
+    count = np.full(len(documents), 2)
+    return PackedRows(entries, count, 3 * count, count + 5, 1 << 40 << count)
+
+
+def test_pieces_become_one_plan(tmp_path: Path) -> None:
+    writer = PlanWriter(tmp_path / "plan", ORIGIN)
+    for piece in (rows(7), rows(), rows(*range(1000)), rows(9)):
+        writer.append(piece)
+    assert not (tmp_path / "plan").exists()
+    manifest = writer.close({"task": {"drawn": 2004}})
+    assert (manifest["num_rows"], manifest["num_entries"]) == (1002, 2004)
+    plan = Plan.open(tmp_path / "plan")
+    assert [plan.entries(row)["document"].tolist() for row in (0, 1, 1000, 1001)] == [
+        [7, 7],
+        [0, 0],
+        [999, 999],
+        [9, 9],
+    ]
+    assert plan.row_starts.tolist() == list(range(0, 2005, 2))
+    assert (set(plan.slots_R.tolist()), set(plan.targets_R.tolist())) == ({6}, {7})
+    assert set(plan.pairs_R.tolist()) == {1 << 42}
+    assert plan.ledger == {"task": {"drawn": 2004}}
+    for name, record in manifest["files"].items():
+        data = (tmp_path / "plan" / f"{name}.npy").read_bytes()
+        assert (len(data), sha256(data).hexdigest()) == (record["bytes"], record["sha256"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan"]
+
+
+def test_an_empty_folder_is_filled_and_a_file_is_not(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert finished_plan(tmp_path / "empty", "any") is None
+    writer = PlanWriter(tmp_path / "empty", ORIGIN)
+    writer.append(rows(1))
+    fingerprint = writer.close({})["fingerprint"]
+    assert finished_plan(tmp_path / "empty", fingerprint) == Plan.open(tmp_path / "empty").manifest
+    (tmp_path / "file").write_text("notes")
+    with pytest.raises(ValueError, match="file exists and holds no plan; choose another output folder"):
+        finished_plan(tmp_path / "file", "any")
