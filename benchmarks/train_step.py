@@ -39,8 +39,8 @@ from megatron_iml.training.step import train_step
 LONGEST = 2049
 
 
-def document_lengths(path: Path | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompt and target tokens of many documents, at most 2,049 together."""
+def document_lengths(path: Path | None, seed: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompt and target tokens of many documents, at most `longest` together."""
     rng = np.random.default_rng(seed)
     if path is not None:
         stored = np.load(path)
@@ -49,14 +49,15 @@ def document_lengths(path: Path | None, seed: int) -> tuple[np.ndarray, np.ndarr
     else:
         prompts = rng.lognormal(4.7, 0.95, 200_000).astype(np.int64) + 1
         targets = rng.lognormal(1.6, 1.4, 200_000).astype(np.int64) + 1
-    targets = np.clip(targets, 1, LONGEST - 1)
-    return np.clip(prompts, 1, LONGEST - targets), targets
+    targets = np.clip(targets, 1, longest - 1)
+    return np.clip(prompts, 1, longest - targets), targets
 
 
 def packed_rows(config: Config, lengths: Path | None, count: int) -> list[Row]:
     """Rows filled in order: what does not fit starts the next row, cut to the room that is left in this
     one."""
-    prompts, targets = document_lengths(lengths, seed=7)
+    # A row of n slots holds a document of n + 1 tokens.
+    prompts, targets = document_lengths(lengths, 7, min(LONGEST, config.data.row_length + 1))
     rng = np.random.default_rng(1)
     rows: list[Row] = []
     pieces: list[Piece] = []

@@ -15,7 +15,6 @@ import pickle
 import signal
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -39,6 +38,7 @@ from megatron_iml.data.files import HashingFile
 from megatron_iml.training.agree import agreed_failure
 
 from .record import StoredFile
+from .staging import Gate, Staging
 
 Bucket = tuple[str, str, tuple[list[Any], list[tuple[WriteItem, torch.Tensor]]]]
 """megatron-core's shape of a file to write: path, name, (objects, tensors)."""
@@ -53,6 +53,7 @@ class Outcome:
 
     def __init__(self) -> None:
         self.owner = os.getpid()
+        self.gate = Gate()
         # Without a name: whoever is killed, nothing stays on the disk.
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
 
@@ -73,9 +74,10 @@ class Outcome:
 class Writer(FileSystemWriterAsync):
     """One rank's files of one checkpoint."""
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, staging: Staging | None) -> None:
         super().__init__(folder)
         self.outcome = Outcome()
+        self.staging = staging
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         """Sort what this rank writes into its files."""
@@ -106,25 +108,41 @@ class Writer(FileSystemWriterAsync):
                 self.finish(metadata, [results for results, _ in reports])
                 heard.update({name: file for _, files in reports for name, file in files.items()})
 
-        # Staged from the device before the process is forked, which must not touch a GPU.
-        stage = partial(self.preload_tensors, self.write_buckets, True)
         arguments = (dist.get_rank(), self.write_buckets, self.outcome)
         return AsyncRequest(
-            write_files if self.write_buckets else None, arguments, [finish], preload_fn=stage
+            write_files if self.write_buckets else None,
+            arguments,
+            [finish],
+            # Called before the process is forked, which must not touch a GPU.
+            preload_fn=self.staged_buckets if self.staging is not None else None,
         )
+
+    def staged_buckets(self) -> list[Bucket]:
+        """The same with every tensor where the process that writes can read it, once its gate is open."""
+        assert self.staging is not None, "a save that is waited for needs no staging"
+        items = [item for _, _, (_, items) in self.write_buckets for item in items]
+        placed = iter(self.staging.place([tensor for _, tensor in items]))
+        return [
+            (path, name, (objects, [(item, next(placed)) for item, _ in items]))
+            for path, name, (objects, items) in self.write_buckets
+        ]
 
 
 class SaveStrategy(TorchDistSaveShardedStrategy):
     """megatron-core's format and planning with `Writer` for the files."""
 
-    def __init__(self) -> None:
+    def __init__(self, staging: Staging | None) -> None:
         super().__init__("torch_dist", 1)
+        self.staging = staging
+        self.gate: Gate | None = None
+        """What the process that writes waits behind, when the save is planned."""
         self.files: dict[str, StoredFile] = {}
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
         """Plan the save together with the other ranks; nothing is written yet."""
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        writer = Writer(checkpoint_dir)
+        writer = Writer(checkpoint_dir, self.staging)
+        self.gate = writer.outcome.gate
         planner = MCoreSavePlanner(flatten_state_dict=False)
         planned, *_ = save_state_dict_async_plan(
             mcore_to_pyt_state_dict(by_key), writer, None, 0, planner=planner
@@ -139,6 +157,8 @@ def write_files(rank: int, buckets: list[Bucket], outcome: Outcome) -> None:
         # for.
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
+        if not outcome.gate.wait():
+            raise SystemExit(1)
     results: list[WriteResult] = []
     files: dict[str, StoredFile] = {}
     error = None
@@ -160,9 +180,12 @@ def _write_file(
         # Nobody waits for this file any more: the run was killed.
         if os.getpid() != outcome.owner and os.getppid() != outcome.owner:
             raise SystemExit(1)
-        if isinstance(data, torch.Tensor) and data.untyped_storage().nbytes() != data.nbytes:
-            # torch.save writes the whole storage that a view is of.
-            data = data.clone()
+        if isinstance(data, torch.Tensor):
+            # In a save that is waited for it may still be on the device: one at a time needs little memory.
+            data = data.cpu()
+            if data.untyped_storage().nbytes() != data.nbytes:
+                # torch.save writes the whole storage that a view is of.
+                data = data.clone()
         start = stream.tell()
         if isinstance(data, torch.Tensor):
             # Of a file torch wants `write` and `flush`.

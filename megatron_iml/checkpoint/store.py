@@ -1,13 +1,16 @@
 """The checkpoints of a run: written in the background, complete or absent, kept or dropped.
 
     store = CheckpointStore(Path("run/checkpoints"), config.checkpoint)
+    store.reserve(engine)                                                              before training
     store.save(engine, RunState(100, 6400, plan, corpus), {"fully_held_out": 2.9})     begins iter_0000100
+    store.before_update()                                                              in every step
     store.poll()                                                                       after every step
     store.wait()                                                                       before leaving
 
 What enters: the engine and a `RunState`. What leaves: a folder (record.py says what is in it) that gets its
 name by one rename, when every file is on the disk: whatever moment the writer dies at, a reader finds the
-checkpoint whole or not at all. Every method is a collective and returns lines for the console.
+checkpoint whole or not at all. Every method but `before_update` is a collective; those that may have
+something to say return lines for the console.
 
 A save that the file system refuses leaves older checkpoints as they are, and training goes on: a full disk at
 step 100 is no reason to lose the steps since. The second such failure in a row ends the run, and so does one
@@ -23,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
@@ -43,7 +47,8 @@ from .record import (
     write_record,
 )
 from .retention import PARTIAL, Remover, drop_old, sweep
-from .sharded import master_weights_problem, owned_bytes, sharded_state, sharding
+from .sharded import master_weights_problem, owned_bytes, sharded_state, sharded_tensors, sharding
+from .staging import Staging
 from .versions import versions
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -71,6 +76,7 @@ class CheckpointStore:
         self.directory, self.options = directory, options
         # Not persistent: megatron-core's persistent worker needs CUDA and dies without it.
         self.queue = AsyncCallsQueue(persistent=False)
+        self.staging = Staging()
         self.remover = Remover()
         self.under_way: Save | None = None
         self.failure: SaveFailed | None = None
@@ -88,6 +94,17 @@ class CheckpointStore:
         names = removed[0]
         return [f"removed what a run that died has left: {', '.join(names)}"] if names else []
 
+    def reserve(self, engine: Engine) -> None:
+        """Get the host memory that background saves copy a device's state to; seconds, which no save then
+        takes."""
+        if not self.options.asynchronous:
+            return
+        tensors = sharded_tensors(sharded_state(engine, is_loading=False))
+        sharing = _share_among_replicas(SaveStrategy(self.staging), engine)
+        # Marks the tensors that this rank is going to write.
+        sharing.apply_saving_parallelization(dict(enumerate(tensors)))
+        self.staging.reserve([tensor.data for tensor in tensors if is_main_replica(tensor.replica_id)])
+
     def save(self, engine: Engine, state: RunState, validation: Mapping[str, float]) -> list[str]:
         """Start writing a checkpoint; with `asynchronous` the files follow while training goes on.
 
@@ -99,6 +116,13 @@ class CheckpointStore:
         self._attempt(lambda: self._finish(blocking=True))
         self._attempt(lambda: self._begin(engine, state, validation))
         return self._said()
+
+    def before_update(self) -> None:
+        """What a background save is still copying from the device must not change: wait for that."""
+        began = time.perf_counter()
+        self.staging.settle()
+        if self.under_way is not None:
+            self.under_way.waited_seconds += time.perf_counter() - began
 
     def poll(self) -> list[str]:
         """Complete a background save if its files are there; call on every rank after each step."""
@@ -138,6 +162,9 @@ class CheckpointStore:
         self.under_way = None
 
     def _finish(self, blocking: bool) -> None:
+        if blocking:
+            # The process that writes may still wait for its data, and nobody else would send it.
+            self.staging.settle()
         self.queue.maybe_finalize_async_calls(blocking=blocking)
 
     def _begin(self, engine: Engine, state: RunState, validation: Mapping[str, float]) -> None:
@@ -152,16 +179,21 @@ class CheckpointStore:
         needed = torch.tensor([owned_bytes(tensors, engine.layout.data_rank)], device=engine.layout.device)
         dist.all_reduce(needed)
         on_rank_zero(lambda: self._make_room(save, int(needed.item())))
-        strategy = SaveStrategy()
-        # Replicas share the writing; else data rank 0 would write every weight alone.
-        parallel = FullyParallelSaveStrategyWrapper(strategy, engine.layout.groups.dp)
+        strategy = SaveStrategy(self.staging if self.options.asynchronous else None)
         request = dist_checkpointing.save(
-            tensors, str(save.staging), parallel, async_sharded_save=True, content_metadata=sharding()
+            tensors,
+            str(save.staging),
+            _share_among_replicas(strategy, engine),
+            async_sharded_save=True,
+            content_metadata=sharding(),
         )
         # Runs last, after the metadata that makes the files readable.
         request.add_finalize_fn(lambda: self._complete(save, engine.config, strategy.files))
         if self.options.asynchronous:
             self.queue.schedule_async_request(request)
+            assert strategy.gate is not None, "the save is planned"
+            # After the fork: megatron-core waits for the device before it.
+            self.staging.begin(strategy.gate)
         else:
             request.execute_sync()
         save.waited_seconds = time.perf_counter() - began
@@ -216,3 +248,8 @@ class CheckpointStore:
         sync_folder(self.directory)
         write_atomically(self.directory / LATEST, str(save.state.step).encode())
         drop_old(self.directory, self.options, self.remover)
+
+
+def _share_among_replicas(strategy: SaveStrategy, engine: Engine) -> FullyParallelSaveStrategyWrapper:
+    """Let replicas share the writing; else data rank 0 would write every weight alone."""
+    return FullyParallelSaveStrategyWrapper(strategy, engine.layout.groups.dp)

@@ -70,11 +70,11 @@ def _digests(engine: Engine) -> dict[Part, Digest]:
     digests = {}
     for name, parameter in named_global_parameters(engine.chunks):
         part = 0 if tensor_parallel_dim(parameter) is None else engine.layout.tensor_rank
-        digests[name, part] = _digest(parameter.detach())
+        digests[name, part] = digest(parameter.detach())
     return digests
 
 
-def _digest(tensor: Tensor) -> Digest:
+def digest(tensor: Tensor) -> Digest:
     """Elements, and weighted sums of their bits by row and by column: a value that moves changes one."""
     bits = tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
     bits = bits.view(bits.shape[0], -1)

@@ -53,7 +53,7 @@ def _train_steps(run: Run, reporter: Reporter) -> int:
         rate = learning_rate(state.step, steps, config.optimizer)
         due_rows = range(state.rows_consumed, state.rows_consumed + num_rows)
         rows = step_rows(run.train_loader, due_rows, config, layout)
-        result = train_step(engine, rows, rate, stop.received)
+        result = train_step(engine, rows, rate, stop.received, run.store.before_update)
         # Skipped fp16 steps count too: their rows are consumed and the schedule goes on.
         state = replace(state, step=state.step + 1, rows_consumed=state.rows_consumed + num_rows)
         seconds = time.perf_counter() - began

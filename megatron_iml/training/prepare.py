@@ -81,6 +81,8 @@ def prepare(config: Config, layout: Layout) -> Run:
     if layout.rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
         save_config(config, directory / "config.yaml")
+    if config.checkpoint.save_interval:
+        store.reserve(engine)
     tidied = store.tidy()
     return Run(config, directory, engine, store, train_loader, validation_loaders, state, start, tidied)
 

@@ -6,6 +6,7 @@ a mismatch stops the job.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -35,15 +36,25 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine, rows: StepRows, learning_rate: float, stop_requested: bool = False
+    engine: Engine,
+    rows: StepRows,
+    learning_rate: float,
+    stop_requested: bool = False,
+    before_update: Callable[[], None] | None = None,
 ) -> StepResult:
-    """Forward, backward, reduce, clip, update."""
+    """Forward, backward, reduce, clip, update.
+
+    `before_update` is called when weights and optimizer state are about to change: not before all else is
+    done, so that whoever still reads them has the length of a forward and backward for it.
+    """
     engine.zero_gradients()
     losses = engine.run(rows.micro_batches(engine.layout), len(rows.rows), forward_only=False)
     # Before the update: weights that saw wrong rows are not worth saving.
     reports = share(engine, losses, rows, stop_requested)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+    if before_update is not None:
+        before_update()
     updated, grad_norm, _ = engine.optimizer.step()
     loss = mean_loss(reports)
     # fp16 skips a step that overflows and goes on with a lower scale; an update made of NaN is the end.

@@ -44,6 +44,7 @@ def bucket(folder: Path, *tensors: torch.Tensor) -> Bucket:
 def test_a_file_can_be_read_back_and_is_described(tmp_path: Path) -> None:
     whole = torch.arange(100.0)
     outcome = Outcome()
+    outcome.gate.open()
     fork(write_files, 0, [bucket(tmp_path, whole, whole[10:20])], outcome).join()
     results, files, error = outcome.hear()
     path = tmp_path / "weights_00000.distcp"
@@ -59,6 +60,7 @@ def test_a_file_can_be_read_back_and_is_described(tmp_path: Path) -> None:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_what_the_disk_refuses_is_told(tmp_path: Path, asynchronous: bool) -> None:
     outcome = Outcome()
+    outcome.gate.open()
     arguments = (0, [bucket(tmp_path / "nowhere", torch.zeros(1))], outcome)
     if asynchronous:
         fork(write_files, *arguments).join()
@@ -86,7 +88,9 @@ def write_slowly(folder: Path) -> None:
 
     HashingFile.write = slow_write  # type: ignore[method-assign]
     buckets = [bucket(folder, *[torch.zeros(4)] * 120)]
-    writer = fork(write_files, 0, buckets, Outcome())
+    outcome = Outcome()
+    outcome.gate.open()
+    writer = fork(write_files, 0, buckets, outcome)
     (folder / "pid").write_text(str(writer.pid))
     os.kill(os.getpid(), 9)
 

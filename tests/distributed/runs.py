@@ -5,7 +5,7 @@ full_weights(outcomes)                              # {global name: whole tensor
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -147,13 +147,18 @@ def alone(config: Config) -> Iterator[Engine]:
         stop_distributed()
 
 
-def take_steps(engine: Engine, steps: range, num_rows: int = ROWS_PER_STEP) -> list[StepResult]:
+def take_steps(
+    engine: Engine,
+    steps: range,
+    num_rows: int = ROWS_PER_STEP,
+    before_update: Callable[[], None] | None = None,
+) -> list[StepResult]:
     """Train on the rows of these steps."""
-    vocab_size = engine.config.model.vocab_size
-    return [
-        train_step(engine, deal(rows_of_step(step, vocab_size)[:num_rows], engine.layout), LEARNING_RATE)
-        for step in steps
-    ]
+    results = []
+    for step in steps:
+        rows = deal(rows_of_step(step, engine.config.model.vocab_size)[:num_rows], engine.layout)
+        results.append(train_step(engine, rows, LEARNING_RATE, before_update=before_update))
+    return results
 
 
 def outcome(engine: Engine, steps: list[StepResult]) -> Outcome:

@@ -4,12 +4,12 @@ import pytest
 import runs
 import torch
 
-from megatron_iml.training.copies import _digest, check_copies, check_equal
+from megatron_iml.training.copies import check_copies, check_equal, digest
 
 
 def test_a_digest_sees_every_change() -> None:
     weight = torch.arange(12, dtype=torch.float32).view(3, 4)
-    digests = {_digest(weight)}
+    digests = {digest(weight)}
     for change in (
         weight.flip(0),
         weight.flip(1),
@@ -19,9 +19,9 @@ def test_a_digest_sees_every_change() -> None:
         -weight,
         weight.bfloat16(),
     ):
-        digests.add(_digest(change.contiguous()))
+        digests.add(digest(change.contiguous()))
     assert len(digests) == 8
-    assert _digest(weight) == _digest(weight.clone())
+    assert digest(weight) == digest(weight.clone())
 
 
 def test_a_model_with_a_layer_too_few_is_refused() -> None:
