@@ -155,6 +155,8 @@ def save_while_training(
     taken: list[float] = []
     while not said and len(taken) < LONGEST:
         taken.append(timed_step(engine, steps[len(taken) % len(steps)], store))
+        if len(taken) == 3:
+            tell(f"the call took {call:.2f} s, the steps after it {[round(seconds, 3) for seconds in taken]}")
         said = store.poll()
     whole = time.perf_counter() - began
     assert said and said[0].startswith("  saved"), said
@@ -180,6 +182,7 @@ def load_back(engine: Engine, folder: Path, expected: list[tuple[int, int, int]]
     began = time.perf_counter()
     check_share_of_files(folder, record, weights_only=False)
     verified = time.perf_counter()
+    tell(f"verified in {verified - began:.1f} s")
     load_run(folder, engine)
     if torch.cuda.is_available():
         torch.cuda.synchronize()

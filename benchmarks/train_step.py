@@ -132,7 +132,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2, help="rows of one step over all ranks")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--lengths", type=Path, help=".npz with prompt_len and target_len")
-    parser.add_argument("--steps", type=int, default=8, help="3 of them warm up")
+    parser.add_argument("--steps", type=int, default=8, help="with those that warm up")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps that are not counted")
     parser.add_argument(
         "--draw-on-device", action="store_true", help="random weights of the GPU's own, far sooner there"
     )
@@ -161,10 +162,10 @@ def main() -> None:
     rows = packed_rows(config, arguments.lengths, arguments.steps * rows_per_step(config))
     per_step = rows_per_step(config)
     steps = [step_rows(rows[i : i + per_step], engine) for i in range(0, len(rows), per_step)]
-    seconds, losses = time_steps(engine, steps, warm_up=3)
+    seconds, losses = time_steps(engine, steps, arguments.warm_up)
     table = profile_step(engine, steps[0]) if arguments.profile else ""
     if layout.reports:
-        report(arguments, engine, steps[3:], seconds, losses, table)
+        report(arguments, engine, steps[arguments.warm_up :], seconds, losses, table)
     stop_distributed()
 
 
@@ -183,6 +184,7 @@ def report(
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     row = {
         "size": arguments.size,
+        "layers": engine.config.model.num_layers,
         "row_length": arguments.row_length,
         "rows": arguments.rows,
         "dropout": arguments.dropout,

@@ -30,6 +30,7 @@ from megatron_iml.training.step import train_step
 
 # Rank 1 is a middle stage and has layers 1 and 2.
 PP3 = ParallelConfig(pipeline_model_parallel_size=3, pipeline_layers=(1, 2, 1))
+PP2 = ParallelConfig(pipeline_model_parallel_size=2)
 # Ranks 0 and 1 are the tensor ranks of replica 0, ranks 2 and 3 those of replica 1.
 TP2_DP2 = ParallelConfig(tensor_model_parallel_size=2)
 
@@ -92,6 +93,21 @@ def test_a_middle_stage_that_differs_is_named_by_all(pool: Pool) -> None:
             "ranks [1] differ from ranks [0, 2]: they read other rows of the plan"
         )
         assert said["order of rows"].startswith("ranks [2] differ from ranks [0, 1]: they read other rows")
+
+
+def fault_of_the_last_stage() -> str:
+    ops = dataclasses.replace(REFERENCE, document_attention=one_too_far)
+    is_last = dist.get_rank() == 1
+    with mock.patch.object(build, "choose_ops", lambda backend, device: ops if is_last else REFERENCE):
+        engine = runs.fresh_engine(runs.run_config(parallel=PP2))
+    return complaint(run_self_test, engine)
+
+
+@pytest.mark.slow
+def test_a_last_stage_that_differs_is_named_by_both(pool: Pool) -> None:
+    """What two GPUs can run of the test above."""
+    for said in pool.run(fault_of_the_last_stage, 2):
+        assert "\n  ranks [1]: the attention of layer 2 lets documents see one another\n" in said
 
 
 def faults_of_a_replica() -> dict[str, str]:
