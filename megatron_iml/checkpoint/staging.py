@@ -43,7 +43,9 @@ class Gate:
         """Called there: True when it is opened, False if that will never be."""
         # Else this process would keep its own pipe from ending.
         self.close()
-        while not select.select([self.waits], [], [], 0.5)[0]:
+        poll = select.poll()
+        poll.register(self.waits, select.POLLIN)
+        while not poll.poll(500):
             # Another child of a run that died may still hold the other end.
             if os.getppid() != self.owner:
                 return False

@@ -164,7 +164,7 @@ class CheckpointConfig:
     best_level: str | None = None
     """Level of data.validation_plans whose loss decides what is best; null means the mean over all levels."""
     asynchronous: bool = True
-    """Write files in the background while training goes on."""
+    """Write files in the background while training goes on; on a GPU host memory is set aside for it."""
     resume: bool = True
     """Go on from the newest complete checkpoint in output_directory, if there is one."""
 
