@@ -1,4 +1,4 @@
-"""The benchmark of one node's layouts: its cases fit four GPUs of 80 GB, losses that differ are reported."""
+"""The benchmark of one node's layouts: its cases fit, what is left out and losses that differ are said."""
 
 import importlib.util
 import sys
@@ -46,13 +46,15 @@ def test_every_case_fits(case: object) -> None:
     assert micro_batches_per_step(config, case.gpus) % parallel.pipeline_model_parallel_size == 0
     stages = range(parallel.pipeline_model_parallel_size)
     gib = max(sum(stage_memory(config, case.gpus, stage)) for stage in stages) / 2**30
-    assert gib < 70, f"{case.name}: {gib:.0f} GiB"
+    # CUDA, NCCL and the allocator's gaps want the rest.
+    assert gib < case.gib - 10, f"{case.name}: {gib:.0f} GiB"
 
 
 def row(name: str, size: str, losses: list[float]) -> dict:
     return {
         "name": name,
         "size": size,
+        "layers": 24,
         "losses": losses,
         "milliseconds": [100.0, 99.0, 101.0],
         "ranks": 4,
@@ -73,6 +75,13 @@ def test_cases_of_one_model_are_compared_with_its_first() -> None:
         row("d", "opt-6.7b", [8.01, 7.0]),
     ]
     assert BENCHMARK.disagreements(rows) == ["d: losses up to 1.0e-02 from c"]
-    assert "| b | 4 | 100.0 (99.0-101.0) | 1,000 | 1.5 | 2.5 GiB | 9.0040 | 4.0e-03 |" in BENCHMARK.table(
-        rows
-    )
+    written = BENCHMARK.table(rows, [("e", "did not end within 5 s:\nTraceback")], steps=5)
+    assert "| b | 4 | 100.0 (99.0-101.0) | 1,000 | 1.5 | 2.5 GiB | 9.0040 | 4.0e-03 |" in written
+    assert written.endswith("\nLeft out: e: did not end within 5 s:\n") and "medians of 3 steps" in written
+
+
+def test_a_case_that_cannot_run_says_why() -> None:
+    case = next(case for case in BENCHMARK.CASES if case.gpus == 2 and case.gib == 140)
+    assert BENCHMARK.reason_against(case, 2, 139.8) is None
+    assert BENCHMARK.reason_against(case, 1, 139.8) == "needs 2 GPUs, 1 are used"
+    assert BENCHMARK.reason_against(case, 4, 79.6) == "needs GPUs of 140 GiB, these have 80"

@@ -97,9 +97,10 @@ class CheckpointStore:
     def reserve(self, engine: Engine) -> None:
         """Get the host memory that background saves copy a device's state to; seconds, which no save then
         takes."""
-        if not self.options.asynchronous:
-            return
         tensors = sharded_tensors(sharded_state(engine, is_loading=False))
+        copies = any(self.staging.must_copy(tensor.data) for tensor in tensors)
+        if not self.options.asynchronous or not copies:
+            return
         sharing = _share_among_replicas(SaveStrategy(self.staging), engine)
         # Marks the tensors that this rank is going to write.
         sharing.apply_saving_parallelization(dict(enumerate(tensors)))

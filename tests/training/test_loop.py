@@ -25,14 +25,20 @@ def run_until(
     note: Callable[[str], None] = done.append
 
     steps = iter(range(first + 1, STEPS + 1))
+
+    def fake_step(*arguments: Callable[[], None]) -> SimpleNamespace:
+        arguments[-1]()
+        return SimpleNamespace(stop=next(steps) == signal_at)
+
     monkeypatch.setattr(loop, "StopRequest", lambda: SimpleNamespace(received=False))
     monkeypatch.setattr(loop, "step_rows", lambda *unused: None)
-    monkeypatch.setattr(loop, "train_step", lambda *unused: SimpleNamespace(stop=next(steps) == signal_at))
+    monkeypatch.setattr(loop, "train_step", fake_step)
     monkeypatch.setattr(loop, "step_row", lambda step, *unused: {"step": step})
     monkeypatch.setattr(loop, "validation_losses", lambda *unused: note("validate") or {})
     config = tiny_config()
     store = SimpleNamespace(
         save=lambda engine, state, losses: note(f"save {state.step}") or [],
+        before_update=lambda: note("update"),
         poll=lambda: [],
         wait=lambda: note("wait") or [],
     )
@@ -55,12 +61,12 @@ def run_until(
 
 def test_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished, done = run_until(0, tmp_path, monkeypatch)
-    assert finished and done == ["validate"] * 4 + ["save 4", "wait"]
+    assert finished and done == ["update", "validate"] * 4 + ["save 4", "wait"]
 
 
 def test_a_signal_saves_and_leaves_no_time_to_validation(tmp_path, monkeypatch) -> None:
     finished, done = run_until(2, tmp_path, monkeypatch)
-    assert not finished and done == ["validate", "save 2", "wait"]
+    assert not finished and done == ["update", "validate", "update", "save 2", "wait"]
 
 
 def test_a_signal_in_the_last_step_is_no_early_end(tmp_path, monkeypatch) -> None:
