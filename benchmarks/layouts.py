@@ -54,12 +54,12 @@ CASES = (
     Case("OPT-1.3B, DP4", 4, "opt-1.3b", 16384, 8, layout(1, 1, *OVERLAP)),
     Case("OPT-6.7B, TP2", 2, "opt-6.7b", 8192, 8, layout(2), 140),
     Case("OPT-6.7B, PP2", 2, "opt-6.7b", 8192, 8, layout(1, 2), 140),
+    Case("OPT-175B width, 4 layers, TP2", 2, "opt-175b", 8192, 8, layout(2, 1, "model.num_layers=4"), 140),
     Case("OPT-6.7B, PP2 interleaved", 2, "opt-6.7b", 8192, 8, layout(1, 2, *INTERLEAVED), 140),
     Case("OPT-6.7B, DP2", 2, "opt-6.7b", 8192, 8, layout(1, 1, *OVERLAP), 140),
     Case("OPT-6.7B, TP2 x PP2", 4, "opt-6.7b", 8192, 8, layout(2, 2)),
     Case("OPT-6.7B, TP2 x PP2 interleaved", 4, "opt-6.7b", 8192, 8, layout(2, 2, *INTERLEAVED)),
     Case("OPT-6.7B, TP4", 4, "opt-6.7b", 8192, 8, layout(4)),
-    Case("OPT-175B width, 4 layers, TP2", 2, "opt-175b", 8192, 8, layout(2, 1, "model.num_layers=4"), 140),
     Case("OPT-175B width, 4 layers, TP4", 4, "opt-175b", 8192, 8, layout(4, 1, "model.num_layers=4")),
 )
 
