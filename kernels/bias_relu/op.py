@@ -1,6 +1,7 @@
 """bias_relu with its checks and gradients. See `reference.py` for plain torch. T slots, F features.
 
-hidden = bias_relu(projected, bias)        # the backward keeps `hidden`, which the next projection keeps too
+hidden = bias_relu(projected, bias)     # the backward keeps `hidden`, which the next projection keeps too
+hidden = relu_gradient(hidden, bias)    # only that backward: a GEMM added the bias and took the ReLU
 """
 
 from typing import Any
@@ -27,6 +28,22 @@ def bias_relu(x_TF: Tensor, bias_F: Tensor) -> Tensor:
     return _BiasReLU.apply(x_TF, bias_F)
 
 
+def relu_gradient(y_TF: Tensor, bias_F: Tensor) -> Tensor:
+    """`y` as it is, y = relu(x + bias), with the backward of that for x and bias; whoever made y has none.
+
+    Args:
+        y_TF: [..., features], contiguous; bf16, fp16 or fp32. The gradient that goes back is that of x.
+        bias_F: [features] in the same type; only its gradient is of interest.
+
+    Raises:
+        ValueError: shapes, types or devices that do not go together.
+    """
+    require_kernel_device("relu_gradient", y_TF)
+    require("relu_gradient", "y", y_TF, tuple(y_TF.shape), y_TF.dtype, y_TF.device)
+    require("relu_gradient", "bias", bias_F, (y_TF.shape[-1],), y_TF.dtype, y_TF.device)
+    return _ReLUGradient.apply(y_TF, bias_F)
+
+
 class _BiasReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TF: Tensor, bias_F: Tensor) -> Tensor:
@@ -41,9 +58,27 @@ class _BiasReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_y_TF: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of x and of the bias, from the output alone: it is above 0 where the input was."""
-        from .kernel import run_backward
+        return _gradients(ctx, d_y_TF)
 
-        (y_TF,) = ctx.saved_tensors
-        features = y_TF.shape[-1]
-        d_x_TF, d_bias_F = run_backward(d_y_TF.contiguous().view(-1, features), y_TF.view(-1, features))
-        return d_x_TF.view(y_TF.shape), d_bias_F
+
+class _ReLUGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_TF: Tensor, bias_F: Tensor) -> Tensor:
+        """Nothing is computed or copied."""
+        ctx.save_for_backward(y_TF)
+        return y_TF.view_as(y_TF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y_TF: Tensor) -> tuple[Tensor, Tensor]:
+        """As of `bias_relu`."""
+        return _gradients(ctx, d_y_TF)
+
+
+def _gradients(ctx: Any, d_y_TF: Tensor) -> tuple[Tensor, Tensor]:
+    from .kernel import run_backward
+
+    (y_TF,) = ctx.saved_tensors
+    features = y_TF.shape[-1]
+    d_x_TF, d_bias_F = run_backward(d_y_TF.contiguous().view(-1, features), y_TF.view(-1, features))
+    return d_x_TF.view(y_TF.shape), d_bias_F

@@ -13,7 +13,7 @@ walk: for tiles of 2 x 2 slots, the trunk with its branches has the column tiles
 
     rows 0-1: [0]      rows 2-3: [0, 1]      row 4: [0, 2]      the branch in tile 1 is over before row 4
 
-T slots, Q query tiles, K key tiles.
+T slots, Q query tiles, K key tiles, W = 2 Q turns of the backward.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-QUERY_TILE, KEY_TILE = 64, 64
-"""Rows and columns of the schedule's tiles."""
+QUERY_TILE = 64
+"""Rows of the schedule's tiles."""
+SHORT_KEY_TILE, LONG_KEY_TILE = 32, 64
+"""Columns of the schedule's tiles: for short documents, where narrow tiles hold less that nobody sees, and
+for long ones, where wide tiles are read and multiplied faster."""
+LONG_DOCUMENTS = 500
+"""Visible pairs a slot from which on a row counts as one of long documents; documents of 2,048 have 1,024."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +43,20 @@ class TileSchedule:
     """Of the slots of tile q as columns: one past the last row that sees any of them."""
     common_stop_Q: Tensor
     """Likewise: one past the last row that sees all of them (0 in a tile that the row's end cuts)."""
-    forward_order_Q: Tensor
-    """In which order programs take the tiles: as they lie. Neighbours share keys, which are then still in the
-    cache; most work first, which would end more evenly, took 1.5 times as long."""
-    backward_order_Q: Tensor
-    """The same for the backward, where most work first took 1.1 times as long."""
+    backward_order_W: Tensor
+    """The turns of the backward: below Q the gradients of that tile's queries, from Q on of tile turn - Q's
+    keys. A tile of keys has its turn after the last tile of rows that sees it, whose delta it needs."""
+    columns: int
+    """Width of a key tile."""
 
     @classmethod
-    def from_end(cls, end_T: Tensor, rows: int = QUERY_TILE, columns: int = KEY_TILE) -> "TileSchedule":
+    def from_end(cls, end_T: Tensor, rows: int = QUERY_TILE, columns: int = SHORT_KEY_TILE) -> "TileSchedule":
         """Compute the schedule with a few torch operations and no host synchronisation.
 
         Args:
             end_T: int32 [T].
             rows, columns: size of a tile; rows must be a multiple of columns. Memory: 4 bytes per tile of the
-                T x T square, 1 MiB at 32,768 slots.
+                T x T square, 2 MiB at 32,768 slots.
         """
         assert rows % columns == 0, f"query tiles of {rows} rows are no multiple of {columns} columns"
         queries = -(-end_T.numel() // rows)
@@ -65,20 +70,22 @@ class TileSchedule:
         # Stable: tiles with something to see move to the front and stay ascending.
         order_QK = torch.argsort(sees_QK, dim=1, descending=True, stable=True)
         ends_QR = padded_T.view(-1, rows)
-        as_they_lie_Q = torch.arange(queries, device=end_T.device, dtype=torch.int32)
+        stop_Q, tile_Q = ends_QR.amax(1), first_row_Q1[:, 0] // rows
+        last_tile_Q = torch.maximum((stop_Q - 1) // rows, tile_Q)
+        turns_W = torch.cat([2 * tile_Q, 2 * last_tile_Q + 1])
         return cls(
             key_tiles_QK=(2 * order_QK + masked_QK.gather(1, order_QK)).int(),
             num_key_tiles_Q=sees_QK.sum(1).int(),
-            stop_Q=ends_QR.amax(1),
+            stop_Q=stop_Q,
             common_stop_Q=ends_QR.amin(1),
-            forward_order_Q=as_they_lie_Q,
-            backward_order_Q=as_they_lie_Q,
+            backward_order_W=torch.argsort(turns_W, stable=True).int(),
+            columns=columns,
         )
 
     def tensors(self) -> list[Tensor]:
-        """The fields in order: `TileSchedule(*schedule.tensors())` is the schedule again."""
+        """All but `columns`, in order: `TileSchedule(*schedule.tensors(), columns)` is the schedule again."""
         tiles = [self.key_tiles_QK, self.num_key_tiles_Q, self.stop_Q, self.common_stop_Q]
-        return [*tiles, self.forward_order_Q, self.backward_order_Q]
+        return [*tiles, self.backward_order_W]
 
 
 @dataclass(frozen=True)
@@ -93,8 +100,13 @@ class DocumentBounds:
     schedule: TileSchedule
 
     @classmethod
-    def from_end(cls, end_T: Tensor) -> "DocumentBounds":
+    def from_end(cls, end_T: Tensor, pairs: int | None = None) -> "DocumentBounds":
         """Derive the loop bounds. `start` is the first column whose `end` lies beyond the row.
+
+        Args:
+            end_T: int32 [T].
+            pairs: the sum of end - column, if the host knows it; the device is not asked. It decides how wide
+                the schedule's tiles are, and so the order of sums, but nothing else.
 
         A row that sees nothing gets its own index. Intervals [col, end[col]) are nested or disjoint, so a
         row's first visible column is the first column of the tree it lies in: the latest col such that every
@@ -105,8 +117,10 @@ class DocumentBounds:
         reach_T = torch.cummax(end_T, dim=0).values
         previous_reach_T = torch.cat([reach_T.new_zeros(1), reach_T[:-1]])
         starts_here_T = torch.where(previous_reach_T <= index_T, index_T, torch.zeros_like(index_T))
+        has_long_documents = pairs is not None and pairs > LONG_DOCUMENTS * tokens
+        columns = LONG_KEY_TILE if has_long_documents else SHORT_KEY_TILE
         return cls(
             end_T=end_T,
             start_T=torch.cummax(starts_here_T, dim=0).values,
-            schedule=TileSchedule.from_end(end_T),
+            schedule=TileSchedule.from_end(end_T, columns=columns),
         )

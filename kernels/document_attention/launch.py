@@ -1,39 +1,53 @@
-"""Launches the attention kernels: allocates what they write and looks up how many warps and stages they take.
+"""Launches the attention kernels: allocates what they write, describes what they read, looks up sizes.
 
 The sizes were measured once on an H100 (kernels/README.md) and are data here: nothing is tuned at run time,
 so two machines of a job run the same code and two runs add up in the same order.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..philox import keep_threshold
-from .backward import _backward, _delta
-from .bounds import KEY_TILE, QUERY_TILE, TileSchedule
-from .forward import _forward
+from .backward import _backward, _repair_backward
+from .bounds import LONG_KEY_TILE, QUERY_TILE, TileSchedule
+from .forward import _forward, _repair_forward
+
+FORWARD_SPAN, BACKWARD_SPAN = 8, 64
+"""Tiles that one program of a repair kernel looks after: few programs, since they rarely have work."""
 
 
 @dataclass(frozen=True)
 class LaunchSize:
-    """Warps of a program, depth of its software pipeline, and the most registers a thread may take."""
+    """Warps of a program and depth of its software pipeline; in the backward also the slots that a turn of
+    keys visits at a time. A turn of queries and the forward visit the schedule's key tiles."""
 
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None
+    queries: int = 0
 
-    def options(self) -> dict[str, int | None]:
-        """As keyword arguments of a launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+HALF_SHORT = LaunchSize(4, 3), LaunchSize(4, 3, queries=32)
+"""16-bit, key tiles of 32."""
+HALF_LONG = LaunchSize(4, 3), LaunchSize(4, 2, queries=64)
+"""16-bit, key tiles of 64. Shared memory of two programs just fits a multiprocessor."""
+HALF_LONG_DROPOUT = LaunchSize(4, 2), LaunchSize(4, 2, queries=64)
+"""The same where the mask's 4 KiB take the room of the forward's third stage."""
+FLOAT = LaunchSize(8, 1), LaunchSize(8, 1, queries=16)
+"""fp32 has no tensor cores without TF32: its products are unrolled and spill, for tests it will do."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What both directions are told of a call. `schedule` holds the fields of a TileSchedule in order."""
+    """What both directions are told of a call."""
 
     qkv_TH3D: Tensor
     end_T: Tensor
@@ -44,95 +58,119 @@ class Problem:
     first_head: int
 
     @property
+    def block(self) -> int:
+        """Head size of a tile: a power of two, 16 at least for tensor cores."""
+        return max(16, triton.next_power_of_2(self.qkv_TH3D.shape[3]))
+
+    @property
+    def flat(self) -> bool:
+        """Whether [T, H, 3, D] can be read as a matrix [T, row] whose columns hold one head's part each."""
+        return self.qkv_TH3D.shape[3] == self.block and self.row <= self.qkv_TH3D.stride(0)
+
+    @property
+    def row(self) -> int:
+        """Elements from the first of a slot to its last."""
+        _, heads, _, head_dim = self.qkv_TH3D.shape
+        return (heads - 1) * self.qkv_TH3D.stride(1) + 2 * self.qkv_TH3D.stride(2) + head_dim
+
+    @property
+    def sizes(self) -> tuple[LaunchSize, LaunchSize]:
+        """What the tables above say."""
+        if self.qkv_TH3D.dtype == torch.float32:
+            return FLOAT
+        if self.schedule.columns < LONG_KEY_TILE:
+            return HALF_SHORT
+        return HALF_LONG_DROPOUT if self.dropout_probability > 0.0 else HALF_LONG
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Programs: heads by query tiles."""
         return self.qkv_TH3D.shape[1], self.schedule.num_key_tiles_Q.numel()
 
     @property
-    def size(self) -> dict[str, int | str | bool]:
-        """Compile-time arguments of both kernels."""
-        head_dim, dtype = self.qkv_TH3D.shape[3], self.qkv_TH3D.dtype
+    def constants(self) -> dict[str, int | str | bool]:
+        """Compile-time arguments of all kernels."""
         return {
             "R": QUERY_TILE,
-            "C": KEY_TILE,
-            "D": max(16, triton.next_power_of_2(head_dim)),
-            "HEAD_DIM": head_dim,
+            "D": self.block,
+            "HEAD_DIM": self.qkv_TH3D.shape[3],
+            "FLAT": self.flat,
             "DROPOUT": self.dropout_probability > 0.0,
             # TF32, Triton's default for fp32, keeps 10 bits of the fraction.
-            "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+            "PRECISION": "ieee" if self.qkv_TH3D.dtype == torch.float32 else "tf32",
         }
+
+    @property
+    def dropout(self) -> tuple[int, float, int]:
+        """Threshold of kept words, factor on what is kept, and the first head's plane of the mask."""
+        probability = self.dropout_probability
+        return keep_threshold(probability), 1.0 / (1.0 - probability), self.first_head
 
     @property
     def scale2(self) -> float:
         """The scale of scores in units of log 2."""
         return self.softmax_scale * math.log2(math.e)
 
-    @property
-    def keep_scale(self) -> float:
-        """Factor on the probabilities that are kept."""
-        return 1.0 / (1.0 - self.dropout_probability)
+    def describe(self, slots: int) -> TensorDescriptor:
+        """Descriptor of the projection for tiles of `slots` slots."""
+        qkv, block = self.qkv_TH3D, self.block
+        if self.flat:
+            return TensorDescriptor(qkv, [qkv.shape[0], self.row], [qkv.stride(0), 1], [slots, block])
+        return TensorDescriptor(qkv, list(qkv.shape), list(qkv.stride()), [slots, 1, 1, block])
 
-
-def forward_size(problem: Problem) -> LaunchSize:
-    """The measured best of the forward kernel."""
-    if problem.qkv_TH3D.dtype == torch.float32:
-        return LaunchSize(num_warps=8, num_stages=1)
-    return LaunchSize(num_warps=4, num_stages=2)
-
-
-def backward_size(problem: Problem) -> LaunchSize:
-    """The measured best of the backward kernel."""
-    if problem.qkv_TH3D.dtype == torch.float32:
-        return LaunchSize(num_warps=8, num_stages=1)
-    return LaunchSize(num_warps=4, num_stages=2)
+    def describe_gradient(self, grad_THD: Tensor, slots: int) -> TensorDescriptor:
+        """Descriptor of the output's gradient, contiguous, for tiles of `slots` slots."""
+        tokens, heads, head_dim = grad_THD.shape
+        if head_dim == self.block:
+            row = heads * head_dim
+            return TensorDescriptor(grad_THD, [tokens, row], [row, 1], [slots, head_dim])
+        return TensorDescriptor(
+            grad_THD, list(grad_THD.shape), list(grad_THD.stride()), [slots, 1, self.block]
+        )
 
 
 def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return out [T, H, D] and lse2, fp32 [H, T]."""
-    qkv, schedule = problem.qkv_TH3D, problem.schedule
+    qkv, schedule, size = problem.qkv_TH3D, problem.schedule, problem.sizes[0]
     tokens, heads, _, head_dim = qkv.shape
     out_THD = qkv.new_empty(tokens, heads, head_dim)
     lse2_HT = qkv.new_empty(heads, tokens, dtype=torch.float32)
     if tokens == 0:
         return out_THD, lse2_HT
-    _forward[problem.grid](
-        qkv, out_THD, lse2_HT, problem.end_T,
-        schedule.key_tiles_QK, schedule.num_key_tiles_Q, schedule.forward_order_Q, problem.dropout_key,
-        *qkv.stride()[:3], schedule.key_tiles_QK.stride(0), tokens,
-        problem.scale2, keep_threshold(problem.dropout_probability), problem.keep_scale, problem.first_head,
-        **problem.size, **forward_size(problem).options(),
+    arguments = (
+        problem.describe(QUERY_TILE), problem.describe(schedule.columns), out_THD, lse2_HT, problem.end_T,
+        schedule.key_tiles_QK, schedule.num_key_tiles_Q, problem.dropout_key,
+        *qkv.stride()[1:3], schedule.key_tiles_QK.stride(0), tokens, problem.scale2, *problem.dropout,
     )  # fmt: skip
+    constants = problem.constants | {"C": schedule.columns} | size.options()
+    _forward[problem.grid](*arguments, **constants)
+    repair_grid = (heads, triton.cdiv(problem.grid[1], FORWARD_SPAN))
+    _repair_forward[repair_grid](*arguments, heads, SPAN=FORWARD_SPAN, **constants)
     return out_THD, lse2_HT
 
 
 def launch_backward(problem: Problem, out_THD: Tensor, lse2_HT: Tensor, grad_THD: Tensor) -> Tensor:
-    """Return the gradient of qkv, [T, H, 3, D] contiguous."""
-    qkv, schedule = problem.qkv_TH3D, problem.schedule
-    tokens, heads, _, head_dim = qkv.shape
+    """Return the gradient of qkv, [T, H, 3, D] contiguous; `grad_THD` is contiguous too."""
+    qkv, schedule, size = problem.qkv_TH3D, problem.schedule, problem.sizes[1]
+    tokens, heads = qkv.shape[:2]
     d_qkv_TH3D = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if tokens == 0:
         return d_qkv_TH3D
-    delta_HT = torch.empty_like(lse2_HT)
-    size = problem.size
-    _delta[problem.grid](
-        out_THD, grad_THD, delta_HT, *grad_THD.stride()[:2], tokens,
-        R=QUERY_TILE, D=size["D"], HEAD_DIM=head_dim, num_warps=4,
+    num_tiles = math.prod(problem.grid)
+    flags = torch.zeros(3, num_tiles, dtype=torch.int32, device=qkv.device)
+    arguments = (
+        problem.describe(QUERY_TILE), problem.describe_gradient(grad_THD, QUERY_TILE),
+        problem.describe(schedule.columns), problem.describe(size.queries),
+        problem.describe_gradient(grad_THD, size.queries),
+        out_THD, d_qkv_TH3D, lse2_HT, torch.empty_like(lse2_HT), flags[1:], flags[0],
+        problem.end_T, schedule.key_tiles_QK, schedule.num_key_tiles_Q, schedule.stop_Q,
+        schedule.common_stop_Q, schedule.backward_order_W, problem.dropout_key,
+        *qkv.stride()[1:3], schedule.key_tiles_QK.stride(0), tokens, problem.softmax_scale, problem.scale2,
+        *problem.dropout, num_tiles, heads,
     )  # fmt: skip
-    _backward[problem.grid](
-        qkv, grad_THD, d_qkv_TH3D, lse2_HT, delta_HT, problem.end_T,
-        schedule.key_tiles_QK, schedule.num_key_tiles_Q, schedule.stop_Q, schedule.common_stop_Q,
-        schedule.backward_order_Q, problem.dropout_key,
-        *qkv.stride()[:3], *grad_THD.stride()[:2], schedule.key_tiles_QK.stride(0), tokens,
-        problem.softmax_scale, problem.scale2, keep_threshold(problem.dropout_probability),
-        problem.keep_scale, problem.first_head,
-        **size, **backward_size(problem).options(),
-    )  # fmt: skip
+    constants = problem.constants | {"KEYS": schedule.columns, "QUERIES": size.queries}
+    _backward[(2 * num_tiles,)](*arguments, **constants, **size.options())
+    _repair_backward[(triton.cdiv(2 * num_tiles, BACKWARD_SPAN),)](
+        *arguments, SPAN=BACKWARD_SPAN, **constants, num_warps=8, num_stages=1
+    )
     return d_qkv_TH3D
-
-
-def problem_of(
-    qkv_TH3D: Tensor, end_T: Tensor, schedule: Sequence[Tensor], dropout_key: Tensor, scale: float,
-    probability: float, first_head: int,
-) -> Problem:  # fmt: skip
-    """Gather an op's flat arguments."""
-    return Problem(qkv_TH3D, end_T, TileSchedule(*schedule), dropout_key, scale, probability, first_head)

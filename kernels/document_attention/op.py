@@ -19,7 +19,7 @@ from torch import Tensor, library
 
 from ..launch import require_kernel_device
 from ..philox import key_tensor
-from .bounds import DocumentBounds
+from .bounds import DocumentBounds, TileSchedule
 
 LARGEST_HEAD_DIM = 128
 
@@ -27,28 +27,28 @@ LARGEST_HEAD_DIM = 128
 @library.custom_op("megatron_iml::document_attention", mutates_args=())
 def _attention(
     qkv: Tensor, end: Tensor, schedule: Sequence[Tensor], dropout_key: Tensor, softmax_scale: float,
-    dropout_probability: float, first_head: int,
+    dropout_probability: float, first_head: int, key_tile: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    # Asked here, not where the op is called: torch.compile cannot look into Triton.
+    # Asked here, not where the op is called: torch.compile cannot look into Triton, nor see addresses.
     require_kernel_device("document_attention", qkv)
-    from .launch import launch_forward, problem_of
+    _require_alignment(qkv)
+    from .launch import Problem, launch_forward
 
-    return launch_forward(
-        problem_of(qkv, end, schedule, dropout_key, softmax_scale, dropout_probability, first_head)
-    )
+    numbers = (softmax_scale, dropout_probability, first_head)
+    return launch_forward(Problem(qkv, end, TileSchedule(*schedule, key_tile), dropout_key, *numbers))
 
 
 @library.custom_op("megatron_iml::document_attention_backward", mutates_args=())
 def _attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse2: Tensor, end: Tensor, schedule: Sequence[Tensor],
     dropout_key: Tensor, softmax_scale: float, dropout_probability: float, first_head: int,
+    key_tile: int,
 ) -> Tensor:  # fmt: skip
-    from .launch import launch_backward, problem_of
+    from .launch import Problem, launch_backward
 
-    if grad.stride(2) != 1:
-        grad = grad.contiguous()
-    problem = problem_of(qkv, end, schedule, dropout_key, softmax_scale, dropout_probability, first_head)
-    return launch_backward(problem, out, lse2, grad)
+    numbers = (softmax_scale, dropout_probability, first_head)
+    problem = Problem(qkv, end, TileSchedule(*schedule, key_tile), dropout_key, *numbers)
+    return launch_backward(problem, out, lse2, grad.contiguous())
 
 
 @_attention.register_fake
@@ -71,7 +71,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, grad: Tensor, unused_lse2: Tensor | None) -> tuple[Any, ...]:
     qkv, out, lse2, end, dropout_key, *schedule = ctx.saved_tensors
     d_qkv = _attention_backward(grad, qkv, out, lse2, end, schedule, dropout_key, *ctx.numbers)
-    return d_qkv, None, [None] * len(schedule), None, None, None, None
+    return d_qkv, None, [None] * len(schedule), *[None] * 5
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
@@ -89,7 +89,8 @@ def document_attention(
 
     Args:
         qkv_TH3D: [tokens, heads, 3, head size], query, key and value of each head side by side; bf16, fp16 or
-            fp32 on a GPU (any device under TRITON_INTERPRET=1), head size 1 to 128, contiguous in D.
+            fp32 on a GPU (any device under TRITON_INTERPRET=1), head size 1 to 128, contiguous in D, its
+            address and other strides multiples of 16 bytes.
         bounds: who sees whom, on the same device.
         softmax_scale: positive factor on the scores, usually head size ** -0.5.
         dropout_probability: share of attention probabilities dropped, in [0, 1); the rest is scaled by
@@ -107,7 +108,7 @@ def document_attention(
     _require(qkv_TH3D, bounds, softmax_scale, dropout_probability)
     if isinstance(dropout_key, int):
         dropout_key = key_tensor(dropout_key, qkv_TH3D.device)
-    numbers = (softmax_scale, dropout_probability, first_head)
+    numbers = (softmax_scale, dropout_probability, first_head, bounds.schedule.columns)
     out_THD, _ = _attention(qkv_TH3D, bounds.end_T, bounds.schedule.tensors(), dropout_key, *numbers)
     return out_THD
 
@@ -131,3 +132,14 @@ def _require(qkv: Tensor, bounds: DocumentBounds, scale: float, probability: flo
         )
     if not 0.0 <= probability < 1.0:
         raise ValueError(f"document_attention: dropout_probability is {probability}; allowed: 0 <= p < 1")
+
+
+def _require_alignment(qkv: Tensor) -> None:
+    """The copy engine counts in 16 bytes."""
+    steps = (qkv.data_ptr(), *(step * qkv.element_size() for step in (*qkv.stride()[:3], qkv.shape[3])))
+    if any(step % 16 for step in steps):
+        raise ValueError(
+            f"document_attention: qkv has strides {qkv.stride()}, head size {qkv.shape[3]}, address "
+            f"{qkv.data_ptr()}; allowed: all but the last stride in multiples of 16 bytes; pass a contiguous "
+            "projection, with a padded head size if need be"
+        )

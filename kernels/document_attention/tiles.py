@@ -1,7 +1,9 @@
-"""What the forward and the backward kernels share: moving tiles of the fused projection, and the mask.
+"""What the forward and the backward kernels share: moving tiles, the mask of a tile, and the search for NaN.
 
-A tile is [N, D]: N neighbouring slots of one head's query, key or value. Pointers are to the slot's first
-element of that head; offsets inside a tile fit 32 bits, the way to the tile takes 64.
+A tile is [N, D]: N neighbouring slots of one head's query, key, value or gradient; D is the head size rounded
+up to a power of two. Tiles are read by the copy engine through descriptors, which cost no registers and give
+zeros outside of the tensor. Where the head size is D and a slot's heads lie inside its row (FLAT), the tensor
+is a matrix [T, row] to the engine, the fastest form; else it is what it is, [T, H, 3, D].
 """
 
 import triton
@@ -9,27 +11,50 @@ import triton.language as tl
 
 
 @triton.jit
-def load_tile(pointer, stride, first, tokens, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Tile [N, D] from slot `first` on; zero beyond `tokens` and beyond HEAD_DIM."""
+def load_part(
+    qkv, stride_h, stride_3, first, head, part, N: tl.constexpr, D: tl.constexpr, FLAT: tl.constexpr
+):
+    """Tile [N, D] from slot `first` on: the query (part 0), key (1) or value (2) of a head."""
+    if FLAT:
+        tile_ND = qkv.load([first, head * stride_h + part * stride_3])
+    else:
+        tile_ND = qkv.load([first, head, part, 0]).reshape(N, D)
+    return tile_ND
+
+
+@triton.jit
+def load_gradient(grad, first, head, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Tile [N, D] of a contiguous tensor [T, H, HEAD_DIM]."""
+    if HEAD_DIM == D:
+        tile_ND = grad.load([first, head * D])
+    else:
+        tile_ND = grad.load([first, head, 0]).reshape(N, D)
+    return tile_ND
+
+
+@triton.jit
+def addresses(pointer, stride, first, tokens, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Addresses [N, D] and which of them exist. Inside a tile 32 bits are enough, on the way to it not."""
     slots_N, dims_D = tl.arange(0, N), tl.arange(0, D)
-    addresses_ND = pointer + tl.cast(first, tl.int64) * stride + (slots_N[:, None] * stride + dims_D[None, :])
-    mask_ND = (first + slots_N < tokens)[:, None]
-    if HEAD_DIM != D:
-        mask_ND = mask_ND & (dims_D < HEAD_DIM)[None, :]
-    return tl.load(addresses_ND, mask=mask_ND, other=0.0)
+    pointers_ND = pointer + tl.cast(first, tl.int64) * stride + (slots_N[:, None] * stride + dims_D[None, :])
+    exists_ND = (first + slots_N < tokens)[:, None] & (dims_D < HEAD_DIM)[None, :]
+    return pointers_ND, exists_ND
 
 
 @triton.jit
 def store_tile(pointer, stride, first, tokens, tile_ND, HEAD_DIM: tl.constexpr):
     """Store a tile, rounded to the pointer's type."""
-    N: tl.constexpr = tile_ND.shape[0]
-    D: tl.constexpr = tile_ND.shape[1]
-    slots_N, dims_D = tl.arange(0, N), tl.arange(0, D)
-    addresses_ND = pointer + tl.cast(first, tl.int64) * stride + (slots_N[:, None] * stride + dims_D[None, :])
-    mask_ND = (first + slots_N < tokens)[:, None]
-    if HEAD_DIM != D:
-        mask_ND = mask_ND & (dims_D < HEAD_DIM)[None, :]
-    tl.store(addresses_ND, tile_ND.to(pointer.dtype.element_ty), mask=mask_ND)
+    pointers_ND, exists_ND = addresses(
+        pointer, stride, first, tokens, tile_ND.shape[0], tile_ND.shape[1], HEAD_DIM
+    )
+    tl.store(pointers_ND, tile_ND.to(pointer.dtype.element_ty), mask=exists_ND)
+
+
+@triton.jit
+def visible(rows_R, columns_C, end_ptr, tokens):
+    """The mask of a tile, bool [R, C]: column <= row < end[column]."""
+    end_C = tl.load(end_ptr + columns_C, mask=columns_C < tokens, other=0)
+    return (columns_C[None, :] <= rows_R[:, None]) & (rows_R[:, None] < end_C[None, :])
 
 
 @triton.jit
@@ -40,7 +65,13 @@ def zero_where_not_finite(tile_ND):
 
 
 @triton.jit
-def holds_nan(tile_ND):
-    """Whether any element is NaN (or infinities of both signs meet in the sum: a false alarm)."""
-    total = tl.sum(tl.sum(tile_ND, axis=1), axis=0)
-    return total != total
+def sees_any(sees_RC, marked_C, before_R):
+    """int32 [R]: 1 where `before_R` is 1 or the row sees a marked column."""
+    return tl.maximum(before_R, tl.max((sees_RC & marked_C[None, :]).to(tl.int32), axis=1))
+
+
+@triton.jit
+def nan_rows(tile_ND):
+    """bool [N]: does the row hold a NaN, or infinities of both signs, which are taken for one."""
+    total_N = tl.sum(tile_ND, axis=1)
+    return total_N != total_N

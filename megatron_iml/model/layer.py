@@ -9,7 +9,7 @@ hands every layer the same `RowContext` (through the argument it calls packed_se
 which dropout masks to draw.
 
 Shapes: T slots of the row (T / tensor size under sequence parallelism), N heads here, D head size, F
-features.
+features, I features inside the feed-forward here.
 """
 
 from typing import Any
@@ -130,14 +130,14 @@ class FeedForward(MegatronModule):
         super().__init__(config=config)
         self.ops = ops
         hidden, inner = config.hidden_size, config.ffn_hidden_size
-        # Its bias goes into the pass of the ReLU.
-        self.linear_fc1 = column_parallel(config, hidden, inner, tp_group, skip_bias_add=True)
+        self.linear_fc1 = column_parallel(config, hidden, inner, tp_group, relu=True)
         self.linear_fc2 = row_parallel(config, inner, hidden, tp_group)
 
     def forward(self, hidden_T1F: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output [T, 1, F] and the bias that is still to be added."""
-        inner, inner_bias = self.linear_fc1(hidden_T1F)
-        return self.linear_fc2(self.ops.bias_relu(inner, inner_bias))
+        inner_T1I, _ = self.linear_fc1(hidden_T1F)
+        # The GEMM has added the bias and taken the ReLU; its gradient is a pass of ours.
+        return self.linear_fc2(self.ops.relu_gradient(inner_T1I, self.linear_fc1.bias))
 
 
 class OPTLayer(MegatronModule, BaseTransformerLayer):

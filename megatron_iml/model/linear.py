@@ -1,30 +1,104 @@
 """megatron-core's two parallel linears as OPT uses them: weights cut by columns, then by rows.
 
-    inner = column_parallel(config, F, 4 * F, tp_group)      # each rank makes its features
-    outer = row_parallel(config, 4 * F, F, tp_group)         # each rank's part of the sum, summed over ranks
+    qkv = column_parallel(config, F, 3 * F, tp_group)                # x W^T + b
+    inner = column_parallel(config, F, 4 * F, tp_group, relu=True)   # relu(x W^T + b)
+    outer = row_parallel(config, 4 * F, F, tp_group)                 # x W^T, parts summed over the ranks
 
-Both return (output, bias): the bias where a later pass adds it, else None.
+All return (output, bias): the bias where a later pass adds it, else None. megatron-core adds the bias of a
+column-cut linear in a pass of its own, which reads and writes the whole output once more; here the GEMM adds
+it, and takes the ReLU, before it rounds and stores. The backward is megatron-core's.
+
+Shapes: T slots of the row (T / tensor size in, under sequence parallelism), F input and C output features
+here.
 """
 
 from typing import Any
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+import torch
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    LinearWithGradAccumulationAndAsyncCommunication,
+    RowParallelLinear,
+    custom_bwd,
+    custom_fwd,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class _BiasInProduct(LinearWithGradAccumulationAndAsyncCommunication):
+    """A product whose GEMM adds the bias and takes the ReLU."""
+
+    @staticmethod
+    @custom_fwd
+    def forward(
+        ctx: Any, input_T1F: Tensor, weight_CF: Tensor, bias_C: Tensor, relu: bool,
+        gradient_accumulation_fusion: bool, allreduce_dgrad: bool, sequence_parallel: bool, tp_group: Any,
+    ) -> Tensor:  # fmt: skip
+        """The output [T, 1, C]; leaves in `ctx` what megatron-core's backward reads there."""
+        ctx.save_for_backward(input_T1F, weight_CF)
+        # Kept apart: a saved tensor must not change before the backward, and this one is being summed into.
+        has_buffer = gradient_accumulation_fusion and hasattr(weight_CF, "main_grad")
+        ctx.main_grad = weight_CF.main_grad if has_buffer else None  # type: ignore[attr-defined]
+        # After a ReLU the gradient of the bias is no sum of what arrives here: `ops.relu_gradient` makes it.
+        ctx.use_bias = not relu
+        ctx.gradient_accumulation_fusion = gradient_accumulation_fusion
+        ctx.allreduce_dgrad, ctx.sequence_parallel = allreduce_dgrad, sequence_parallel
+        ctx.grad_output_buffer, ctx.wgrad_deferral_limit = None, None
+        ctx.tp_group = tp_group
+
+        if sequence_parallel:
+            slots, *rest = input_T1F.shape
+            # Not kept: the backward gathers again, as memory is what sequence parallelism saves.
+            total_T1F = input_T1F.new_empty(slots * tp_group.size(), *rest)
+            torch.distributed.all_gather_into_tensor(total_T1F, input_T1F, group=tp_group)
+            input_T1F = total_T1F
+        input_TF = input_T1F.flatten(0, 1)
+        multiply = torch._addmm_activation if relu else torch.addmm
+        return multiply(bias_C, input_TF, weight_CF.t()).view(*input_T1F.shape[:2], -1)
+
+    @staticmethod
+    @custom_bwd
+    def backward(ctx: Any, grad_T1C: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of input, weight and bias."""
+        gradients = LinearWithGradAccumulationAndAsyncCommunication.backward(ctx, grad_T1C)
+        return (*gradients[:3], None, None, None, None, None)
+
+
+class _ColumnParallel(ColumnParallelLinear):
+    """megatron-core's module around the product above."""
+
+    def __init__(self, *arguments: Any, relu: bool, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.relu = relu
+
+    def _forward_impl(
+        self, input: Tensor, weight: Tensor, bias: Tensor, *, gradient_accumulation_fusion: bool,
+        allreduce_dgrad: bool, sequence_parallel: bool, tp_group: Any, **unused: None,
+    ) -> Tensor:  # fmt: skip
+        return _BiasInProduct.apply(
+            input, weight, bias, self.relu, gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel,
+            tp_group,
+        )  # fmt: skip
 
 
 def column_parallel(
-    config: TransformerConfig, inputs: int, outputs: int, tp_group: Any, skip_bias_add: bool = False
+    config: TransformerConfig, inputs: int, outputs: int, tp_group: Any, relu: bool = False
 ) -> ColumnParallelLinear:
-    """A linear whose output features are divided over the tensor ranks."""
-    return ColumnParallelLinear(
+    """A linear with bias whose output features are divided over the tensor ranks.
+
+    With `relu` its output goes through `ops.relu_gradient(output, linear.bias)`, which owns the ReLU's
+    backward.
+    """
+    return _ColumnParallel(
         inputs,
         outputs,
         config=config,
         init_method=config.init_method,
         # The next linear is cut by rows and takes the parts as they are.
         gather_output=False,
-        skip_bias_add=skip_bias_add,
         tp_group=tp_group,
+        relu=relu,
     )
 
 

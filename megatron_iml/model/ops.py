@@ -1,6 +1,6 @@
 """The operations of `kernels/` that OPT is made of, by Triton or by their plain references.
 
-What enters: `model.kernel_backend`. What leaves: an `Ops`, seven functions of one signature each whichever
+What enters: `model.kernel_backend`. What leaves: an `Ops`, six functions of one signature each whichever
 backend stands behind them, so that the model has one path. The choice is explicit and nothing falls back:
 `triton` without a GPU is an error.
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_iml.kernels.bias_relu import bias_relu, bias_relu_reference
+from megatron_iml.kernels.bias_relu import relu_gradient, relu_gradient_reference
 from megatron_iml.kernels.document_attention import document_attention, document_attention_reference
 from megatron_iml.kernels.layer_norm import (
     add_layer_norm,
@@ -36,7 +36,7 @@ class Ops:
     layer_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     bias_dropout_add: Callable[..., Tensor]
-    bias_relu: Callable[..., Tensor]
+    relu_gradient: Callable[..., Tensor]
     target_loss: Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -45,7 +45,7 @@ REFERENCE = Ops(
     layer_norm=layer_norm_reference,
     add_layer_norm=add_layer_norm_reference,
     bias_dropout_add=bias_dropout_add_reference,
-    bias_relu=bias_relu_reference,
+    relu_gradient=relu_gradient_reference,
     target_loss=target_loss_reference,
 )
 TRITON = Ops(
@@ -53,7 +53,7 @@ TRITON = Ops(
     layer_norm=layer_norm,
     add_layer_norm=add_layer_norm,
     bias_dropout_add=bias_dropout_add,
-    bias_relu=bias_relu,
+    relu_gradient=relu_gradient,
     target_loss=target_loss,
 )
 
@@ -63,7 +63,7 @@ SHAPES = Ops(
     layer_norm=lambda hidden_T1F, weight_F, bias_F, eps: hidden_T1F,
     add_layer_norm=lambda update_T1F, bias_F, residual_T1F, *unused: (update_T1F, residual_T1F),
     bias_dropout_add=lambda update_T1F, bias_F, residual_T1F, *unused: update_T1F,
-    bias_relu=lambda hidden_T1F, bias_F: hidden_T1F,
+    relu_gradient=lambda hidden_T1F, bias_F: hidden_T1F,
     target_loss=lambda hidden_TF, weight_VF, rows_M, ids_M, **unused: (
         hidden_TF.sum(dtype=torch.float32),
         torch.empty(rows_M.shape, dtype=torch.float32, device=rows_M.device),

@@ -66,8 +66,9 @@ def to_device(source: Row | RowLayout, device: torch.device) -> MicroBatch:
     row = source if isinstance(source, Row) else None
     # int32 as the attention kernels read it.
     end_T = _send(np.ascontiguousarray(layout.end_T, dtype=np.int32), device)
+    pairs = int((layout.end_T - np.arange(len(layout.end_T))).sum())
     return MicroBatch(
-        context=RowContext(row=layout.index, bounds=DocumentBounds.from_end(end_T)),
+        context=RowContext(row=layout.index, bounds=DocumentBounds.from_end(end_T, pairs)),
         positions_T=_index(layout.positions_T, device),
         tokens_T=_index(row.tokens_T, device) if row else None,
         target_rows_M=_index(row.target_rows_M, device) if row else None,

@@ -31,6 +31,7 @@ from megatron_iml.model.transformer_config import PRECISIONS
 
 from .adam import Adam
 from .boxes import boxes_of_range
+from .multi_tensor import offer_multi_tensor_kernels
 
 STATE_PREFIX = "optimizer.state."
 """What the names of optimizer state begin with in a checkpoint; then `param.`, `exp_avg.` or `exp_avg_sq.`"""
@@ -151,6 +152,7 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) 
         use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
+    offer_multi_tensor_kernels()
     chained = get_megatron_optimizer(engine_config, list(wrapped), use_gloo_process_groups=False)
     assert isinstance(chained, ChainedOptimizer), (
         f"megatron-core built a {type(chained).__name__}, not a chain"

@@ -1,11 +1,18 @@
 """bias_relu against fp64 within the error budget, its treatment of zero and NaN, repeats bit-equal."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from kernel_cases import DEVICE, DTYPES, assert_repeats_equal, normal
 from torch import Tensor
 
-from megatron_iml.kernels.bias_relu import bias_relu, bias_relu_reference
+from megatron_iml.kernels.bias_relu import (
+    bias_relu,
+    bias_relu_reference,
+    relu_gradient,
+    relu_gradient_reference,
+)
 from megatron_iml.kernels.testing import assert_op_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -80,3 +87,16 @@ def test_another_bias_is_refused() -> None:
     x_TF = torch.zeros(4, 8, device=DEVICE)
     with pytest.raises(ValueError, match=r"bias_relu: bias is \(7,\).* must be \(8,\)"):
         bias_relu(x_TF, torch.zeros(7, device=DEVICE))
+
+
+@pytest.mark.parametrize("op", [relu_gradient, relu_gradient_reference])
+def test_the_gradient_alone_is_that_of_bias_relu(op: Callable[..., Tensor]) -> None:
+    inputs, upstream = draw(9, 1025, torch.float32)
+    y_TF = bias_relu(**inputs)
+    wanted = torch.autograd.grad(y_TF, tuple(inputs.values()), upstream)
+    leaf_TF, bias_F = y_TF.detach().requires_grad_(), inputs["bias_F"]
+    same_TF = op(leaf_TF, bias_F)
+    assert same_TF.data_ptr() == leaf_TF.data_ptr()
+    d_x_TF, d_bias_F = torch.autograd.grad(same_TF, (leaf_TF, bias_F), upstream)
+    assert torch.equal(d_x_TF, wanted[0])
+    torch.testing.assert_close(d_bias_F, wanted[1], rtol=1e-6, atol=1e-5)
