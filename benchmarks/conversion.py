@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_iml.checkpoint.parameter_map import groups
+from megatron_iml.checkpoint.conversion.parameter_map import groups
 from megatron_iml.config import ModelConfig, opt_size
 
 ROOT = Path(__file__).parents[1]

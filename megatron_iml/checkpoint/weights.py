@@ -9,16 +9,16 @@ What enters: a folder. What leaves: this rank's parameters, filled.
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_iml.checkpoint.conversion.convert import fit_vocabulary
+from megatron_iml.checkpoint.conversion.formats import is_foreign, open_source
+from megatron_iml.checkpoint.conversion.parameter_map import WORD_EMBEDDING, parameters
 from megatron_iml.config import ModelConfig
 from megatron_iml.model.opt import OPTModel
 from megatron_iml.model.parameters import copy_full_tensor, named_global_parameters
 from megatron_iml.parallel.groups import Layout
 from megatron_iml.training.agree import on_every_rank
 
-from .conversion import fit_vocabulary
-from .formats import is_foreign, open_source
 from .load import check_share_of_files, load_weights
-from .parameter_map import WORD_EMBEDDING, parameters
 from .record import check_same_shape, read_record
 
 

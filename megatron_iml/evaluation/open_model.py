@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_iml.checkpoint.formats import is_foreign
+from megatron_iml.checkpoint.conversion.formats import is_foreign
 from megatron_iml.checkpoint.record import read_record
 from megatron_iml.checkpoint.weights import fill_weights
 from megatron_iml.config import Config, ParallelConfig, check_layout

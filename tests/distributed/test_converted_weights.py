@@ -8,8 +8,8 @@ import runs
 import torch
 from pool import Pool
 
-from megatron_iml.checkpoint.native import NativeSource
-from megatron_iml.checkpoint.parameter_map import parameters
+from megatron_iml.checkpoint.conversion.parameter_map import parameters
+from megatron_iml.checkpoint.conversion.sources.native import NativeSource
 from megatron_iml.checkpoint.weights import fill_weights
 from megatron_iml.config import Config, ParallelConfig
 from megatron_iml.model.initialise import initialise

@@ -19,8 +19,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from pool import Pool
 
 from megatron_iml.checkpoint import store
+from megatron_iml.checkpoint.conversion.parameter_map import TABLE
 from megatron_iml.checkpoint.load import load_run
-from megatron_iml.checkpoint.parameter_map import TABLE
 from megatron_iml.config import Config, ParallelConfig
 from megatron_iml.training import optimizer
 

@@ -15,8 +15,8 @@ from megatron.core import dist_checkpointing
 from pool import Pool
 from torch import Tensor
 
+from megatron_iml.checkpoint.conversion.parameter_map import TABLE
 from megatron_iml.checkpoint.load import load_run
-from megatron_iml.checkpoint.parameter_map import TABLE
 from megatron_iml.checkpoint.store import CheckpointStore
 from megatron_iml.config import CheckpointConfig, Config, ParallelConfig
 from megatron_iml.model.initialise import initialise

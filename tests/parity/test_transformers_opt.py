@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import single_rank, tiny_config
 
-from megatron_iml.checkpoint.parameter_map import fuse_qkv, parameters
+from megatron_iml.checkpoint.conversion.parameter_map import fuse_qkv, parameters
 from megatron_iml.checkpoint.weights import fill_from_source
 from megatron_iml.data.rows.assemble import Piece, assemble_row
 from megatron_iml.model.build import build_model

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from megatron_iml.command import run_command
 
 if TYPE_CHECKING:
-    from megatron_iml.checkpoint.source import Source
-    from megatron_iml.checkpoint.target import Target
+    from megatron_iml.checkpoint.conversion.source import Source
+    from megatron_iml.checkpoint.conversion.target import Target
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,11 +60,14 @@ def plan(arguments: argparse.Namespace, source: "Source") -> "Target":
     """The target that the command line asks for."""
     from dataclasses import replace
 
-    from megatron_iml.checkpoint.conversion import types_of
-    from megatron_iml.checkpoint.hugging_face_target import HuggingFaceOptions, hugging_face_target
-    from megatron_iml.checkpoint.metaseq_target import metaseq_target
-    from megatron_iml.checkpoint.native_target import native_target
-    from megatron_iml.checkpoint.target import inference_prefix, vocabulary
+    from megatron_iml.checkpoint.conversion.convert import types_of
+    from megatron_iml.checkpoint.conversion.target import inference_prefix, vocabulary
+    from megatron_iml.checkpoint.conversion.targets.hugging_face import (
+        HuggingFaceOptions,
+        hugging_face_target,
+    )
+    from megatron_iml.checkpoint.conversion.targets.metaseq import metaseq_target
+    from megatron_iml.checkpoint.conversion.targets.native import native_target
 
     types = types_of(source, dtype_of(arguments))
     model = replace(source.model, vocab_size=vocabulary(source, arguments.form, arguments.vocab_size))
@@ -94,9 +97,9 @@ def run(arguments: argparse.Namespace) -> str:
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from megatron_iml.checkpoint.conversion import convert, total_bytes
-    from megatron_iml.checkpoint.formats import open_source
-    from megatron_iml.checkpoint.verification import verifier
+    from megatron_iml.checkpoint.conversion.convert import convert, total_bytes
+    from megatron_iml.checkpoint.conversion.formats import open_source
+    from megatron_iml.checkpoint.conversion.verification import verifier
 
     began = time.monotonic()
     source = open_source(arguments.input, arguments.num_attention_heads)

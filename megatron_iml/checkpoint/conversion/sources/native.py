@@ -25,13 +25,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_iml.checkpoint.conversion.files.stored_tensor import MappedFile, StoredTensor
+from megatron_iml.checkpoint.conversion.files.torch_archive import read_archive
+from megatron_iml.checkpoint.conversion.parameter_map import Parameter, parameters
+from megatron_iml.checkpoint.conversion.source import Prefix, check_complete
+from megatron_iml.checkpoint.record import read_record
 from megatron_iml.config import ModelConfig
-
-from .parameter_map import Parameter, parameters
-from .record import read_record
-from .source import Prefix, check_complete
-from .stored_tensor import MappedFile, StoredTensor
-from .torch_archive import read_archive
 
 
 class NativeSource:

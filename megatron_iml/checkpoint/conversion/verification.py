@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, relu, scaled_dot_product_attention
 
+from megatron_iml.checkpoint.conversion.sources.hugging_face import HuggingFaceSource
+from megatron_iml.checkpoint.conversion.sources.metaseq import MetaseqSource
+from megatron_iml.checkpoint.conversion.sources.native import NativeSource
 from megatron_iml.config.sizes import POSITION_OFFSET
 
 from .formats import open_source
-from .hugging_face import HuggingFaceSource
-from .metaseq import MetaseqSource
-from .native import NativeSource
 from .parameter_map import parameters
 from .source import Source
 

@@ -22,13 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_iml.checkpoint.conversion.files.stored_tensor import MappedFile, StoredTensor
+from megatron_iml.checkpoint.conversion.files.torch_archive import Stub, named, read_archive
+from megatron_iml.checkpoint.conversion.parameter_map import Parameter, from_metaseq_qkv, parameters
+from megatron_iml.checkpoint.conversion.source import Prefix, check_complete, same_dtype
 from megatron_iml.config import ModelConfig
 from megatron_iml.config.sizes import OPT_SIZES, POSITION_OFFSET
-
-from .parameter_map import Parameter, from_metaseq_qkv, parameters
-from .source import Prefix, check_complete, same_dtype
-from .stored_tensor import MappedFile, StoredTensor
-from .torch_archive import Stub, named, read_archive
 
 FILE_NAME = re.compile(r"(?P<stem>.+?)(-model_part-(?P<part>\d+))?(-shard(?P<shard>\d+))?\.pt")
 VERSION = "decoder.version"

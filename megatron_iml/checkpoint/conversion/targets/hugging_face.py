@@ -16,14 +16,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_iml.checkpoint.conversion.files.plan import (
+    FilePlan,
+    TensorSpec,
+    safetensors_file,
+    torch_archive,
+)
+from megatron_iml.checkpoint.conversion.parameter_map import Parameter, groups, split_qkv
+from megatron_iml.checkpoint.conversion.source import Prefix
+from megatron_iml.checkpoint.conversion.sources.hugging_face import REQUIRED_FIELDS, SHAPE_FIELDS
+from megatron_iml.checkpoint.conversion.target import Piece, Target
 from megatron_iml.config import ModelConfig
 from megatron_iml.data.corpus.tokenizer import Tokenizer, find_files
-
-from .file_plan import FilePlan, TensorSpec, safetensors_file, torch_archive
-from .hugging_face import REQUIRED_FIELDS, SHAPE_FIELDS
-from .parameter_map import Parameter, groups, split_qkv
-from .source import Prefix
-from .target import Piece, Target
 
 PAD_ID, EOS_ID = 1, 2
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}

@@ -7,9 +7,10 @@ open_source(Path("iter_0004000"))   # a folder with complete.json: NativeSource
 
 from pathlib import Path
 
-from .hugging_face import HuggingFaceSource
-from .metaseq import MetaseqSource
-from .native import NativeSource
+from megatron_iml.checkpoint.conversion.sources.hugging_face import HuggingFaceSource
+from megatron_iml.checkpoint.conversion.sources.metaseq import MetaseqSource
+from megatron_iml.checkpoint.conversion.sources.native import NativeSource
+
 from .source import Source
 
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_iml.checkpoint.file_plan import (
+from megatron_iml.checkpoint.conversion.files.plan import (
     FilePlan,
     TensorSpec,
     safetensors_file,
     side_by_side,
     torch_archive,
 )
-from megatron_iml.checkpoint.stored_tensor import MappedFile
-from megatron_iml.checkpoint.torch_archive import read_archive
+from megatron_iml.checkpoint.conversion.files.stored_tensor import MappedFile
+from megatron_iml.checkpoint.conversion.files.torch_archive import read_archive
 
 TENSORS = {"x": torch.randn(5, 7).half(), "y": torch.arange(11.0), "z": torch.randn(3).bfloat16()}
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_iml.checkpoint.conversion.files.plan import FilePlan
 from megatron_iml.config import ModelConfig
 
-from .file_plan import FilePlan
 from .parameter_map import Parameter
 from .source import Prefix, Source
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_iml.checkpoint import metaseq_target, native_target, parameter_map
-from megatron_iml.checkpoint.formats import open_source
-from megatron_iml.checkpoint.verification import check_same_logits, logits
+from megatron_iml.checkpoint.conversion import parameter_map
+from megatron_iml.checkpoint.conversion.formats import open_source
+from megatron_iml.checkpoint.conversion.targets import metaseq as metaseq_target
+from megatron_iml.checkpoint.conversion.targets import native as native_target
+from megatron_iml.checkpoint.conversion.verification import check_same_logits, logits
 
 transformers = pytest.importorskip("transformers")
 
@@ -41,7 +43,7 @@ def swap_first_two(original):
 def test_a_wrong_rule_that_would_undo_itself_is_found(tmp_path, monkeypatch, capsys) -> None:
     foreign.write_hugging_face(tmp_path / "in", foreign.random_opt())
     wrong = swap_first_two(parameter_map.fuse_qkv)
-    monkeypatch.setattr("megatron_iml.checkpoint.hugging_face.fuse_qkv", wrong)
+    monkeypatch.setattr("megatron_iml.checkpoint.conversion.sources.hugging_face.fuse_qkv", wrong)
     options = ("--inference-prefix", "none", "--verify")
     assert converter.run("native", tmp_path / "in", tmp_path / "out", *options) == 2
     assert "gives other logits than" in capsys.readouterr().err

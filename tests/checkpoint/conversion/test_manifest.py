@@ -8,7 +8,7 @@ import converter
 import foreign_checkpoints as foreign
 import pytest
 
-from megatron_iml.checkpoint.manifest import read_checksums, read_manifest
+from megatron_iml.checkpoint.conversion.manifest import read_checksums, read_manifest
 
 pytest.importorskip("safetensors")
 

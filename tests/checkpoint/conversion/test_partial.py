@@ -15,9 +15,9 @@ import foreign_checkpoints as foreign
 import pytest
 import torch
 
-from megatron_iml.checkpoint.formats import open_source
-from megatron_iml.checkpoint.parameter_map import parameters
-from megatron_iml.checkpoint.partial import JOURNAL, PartialFolder
+from megatron_iml.checkpoint.conversion.formats import open_source
+from megatron_iml.checkpoint.conversion.parameter_map import parameters
+from megatron_iml.checkpoint.conversion.partial import JOURNAL, PartialFolder
 
 pytest.importorskip("safetensors")
 

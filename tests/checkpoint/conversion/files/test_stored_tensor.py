@@ -6,7 +6,7 @@ import zlib
 import pytest
 import torch
 
-from megatron_iml.checkpoint.stored_tensor import MappedFile, read_safetensors
+from megatron_iml.checkpoint.conversion.files.stored_tensor import MappedFile, read_safetensors
 
 save_file = pytest.importorskip("safetensors.torch").save_file
 

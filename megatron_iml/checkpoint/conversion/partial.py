@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from .file_plan import FilePlan
+from megatron_iml.checkpoint.conversion.files.plan import FilePlan
+
 from .target import Piece
 
 JOURNAL = "journal.jsonl"

@@ -11,9 +11,9 @@ import runs
 import torch
 from helpers import single_rank, tiny_config
 
-from megatron_iml.checkpoint.formats import open_source
-from megatron_iml.checkpoint.native import NativeSource
-from megatron_iml.checkpoint.parameter_map import parameters
+from megatron_iml.checkpoint.conversion.formats import open_source
+from megatron_iml.checkpoint.conversion.parameter_map import parameters
+from megatron_iml.checkpoint.conversion.sources.native import NativeSource
 from megatron_iml.checkpoint.weights import fill_weights
 from megatron_iml.data.rows.assemble import Piece, assemble_row
 from megatron_iml.model.build import build_model

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_iml.checkpoint.conversion.files.plan import TensorSpec, torch_archive
+from megatron_iml.checkpoint.conversion.parameter_map import WORD_EMBEDDING, Parameter, groups, to_metaseq_qkv
+from megatron_iml.checkpoint.conversion.sources.metaseq import VERSION
+from megatron_iml.checkpoint.conversion.target import Piece, Target
 from megatron_iml.config import ModelConfig
-
-from .file_plan import TensorSpec, torch_archive
-from .metaseq import VERSION
-from .parameter_map import WORD_EMBEDDING, Parameter, groups, to_metaseq_qkv
-from .target import Piece, Target
 
 
 def metaseq_target(

@@ -3,7 +3,7 @@
 import torch
 from helpers import single_rank, tiny_config
 
-from megatron_iml.checkpoint.parameter_map import (
+from megatron_iml.checkpoint.conversion.parameter_map import (
     from_metaseq_qkv,
     fuse_qkv,
     groups,

@@ -29,14 +29,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_iml.checkpoint.conversion.files.plan import TensorSpec, side_by_side, torch_archive
+from megatron_iml.checkpoint.conversion.parameter_map import Parameter, groups
+from megatron_iml.checkpoint.conversion.sources.native import native_key, stacked_shape
+from megatron_iml.checkpoint.conversion.target import Piece, Target
+from megatron_iml.checkpoint.record import Record, RunState, describe_file, now, write_record
+from megatron_iml.checkpoint.versions import versions
 from megatron_iml.config import Config, ModelConfig, TrainingConfig
-
-from .file_plan import TensorSpec, side_by_side, torch_archive
-from .native import native_key, stacked_shape
-from .parameter_map import Parameter, groups
-from .record import Record, RunState, describe_file, now, write_record
-from .target import Piece, Target
-from .versions import versions
 
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 FORMAT = {

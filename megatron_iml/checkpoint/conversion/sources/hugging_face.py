@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_iml.checkpoint.conversion.files.stored_tensor import MappedFile, StoredTensor, read_safetensors
+from megatron_iml.checkpoint.conversion.files.torch_archive import named, read_archive
+from megatron_iml.checkpoint.conversion.manifest import read_checksums
+from megatron_iml.checkpoint.conversion.parameter_map import WORD_EMBEDDING, Parameter, fuse_qkv, parameters
+from megatron_iml.checkpoint.conversion.source import Prefix, check_complete, same_dtype
 from megatron_iml.config import ModelConfig
 from megatron_iml.data.text_files import json_object
-
-from .manifest import read_checksums
-from .parameter_map import WORD_EMBEDDING, Parameter, fuse_qkv, parameters
-from .source import Prefix, check_complete, same_dtype
-from .stored_tensor import MappedFile, StoredTensor, read_safetensors
-from .torch_archive import named, read_archive
 
 HEAD = "lm_head.weight"
 SHAPE_FIELDS = {

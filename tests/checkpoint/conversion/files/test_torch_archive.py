@@ -9,8 +9,8 @@ import foreign_checkpoints as foreign
 import pytest
 import torch
 
-from megatron_iml.checkpoint.stored_tensor import MappedFile, StoredTensor
-from megatron_iml.checkpoint.torch_archive import Stub, named, read_archive
+from megatron_iml.checkpoint.conversion.files.stored_tensor import MappedFile, StoredTensor
+from megatron_iml.checkpoint.conversion.files.torch_archive import Stub, named, read_archive
 
 
 class Calls:
