@@ -9,7 +9,10 @@ Few rows a rank leave some ranks heavier than they need be, so they then swap ro
 
     costs [8, 7, 6, 5, 4, 0], two ranks of three   ->   8 5 4 and 7 6 0, 17 and 13; 8 for 6 makes both 15
 
-Suffixes: G ranks, K rows of a rank.
+Where that does not help enough, the same swaps begin from the rows as they lie: a plan puts rows that cost
+alike together into groups of four (data/plan/balance.py). The better of the two counts.
+
+Suffixes: G ranks, K rows of a rank, N rows of the step.
 """
 
 import heapq
@@ -44,9 +47,17 @@ def deal_rows(costs: Sequence[float], data_parallel_size: int) -> list[list[int]
         # A full rank leaves the heap; there is always another, because the counts are equal.
         if len(dealt[rank]) < rows_per_rank:
             heapq.heappush(loads, (load + costs[row], rank))
-    dealt_GK = _swap_rows(np.array(dealt), np.array(costs, dtype=np.float64))
+    costs_N = np.array(costs, dtype=np.float64)
+    dealt_GK = _swap_rows(np.array(dealt), costs_N)
+    if _heaviest(dealt_GK, costs_N) > EVEN * costs_N.sum() / data_parallel_size:
+        as_they_lie = np.arange(len(costs)).reshape(data_parallel_size, rows_per_rank)
+        dealt_GK = min(dealt_GK, _swap_rows(as_they_lie, costs_N), key=lambda each: _heaviest(each, costs_N))
     # In the order of the plan: gradients are then summed in one order for one data-parallel size.
     return np.sort(dealt_GK, axis=1).tolist()
+
+
+def _heaviest(dealt_GK: NDArray[np.int64], costs: NDArray[np.float64]) -> float:
+    return float(costs[dealt_GK].sum(axis=1).max())
 
 
 def _swap_rows(dealt_GK: NDArray[np.int64], costs: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_iml.config import ModelConfig
-from megatron_iml.config.sizes import opt_size
+from megatron_iml.config.sizes import OPT_SIZES
 from megatron_iml.data.plan.mixture import Mixture
 from megatron_iml.data.plan.packing import PackingConfig
 from megatron_iml.parallel.rows import deal_rows
@@ -55,12 +55,14 @@ def test_balance_on_rows_of_real_spread() -> None:
 
 
 @pytest.mark.skipif(not LENGTHS.is_file(), reason=f"real document lengths are not at {LENGTHS}")
-@pytest.mark.parametrize("ranks", [2, 8, 32, 128])
-def test_balance_on_real_documents(real_rows: dict[str, np.ndarray], ranks: int) -> None:
+@pytest.mark.parametrize("ranks", [2, 4, 8, 64])
+@pytest.mark.parametrize("rows_per_rank", [4, 8])
+def test_balance_on_real_documents(real_rows: dict[str, np.ndarray], ranks: int, rows_per_rank: int) -> None:
+    rows = rows_per_rank * ranks
     for costs in real_rows.values():
-        for first in range(0, len(costs) - 4 * ranks + 1, 4 * ranks)[:100]:
-            step = costs[first : first + 4 * ranks]
-            loads = [step[rows].sum() for rows in deal_rows(step.tolist(), ranks)]
+        for first in range(0, len(costs) - rows + 1, rows)[:300]:
+            step = costs[first : first + rows]
+            loads = [step[dealt].sum() for dealt in deal_rows(step.tolist(), ranks)]
             assert max(loads) / np.mean(loads) <= 1.01
 
 
@@ -73,8 +75,7 @@ def real_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]
     plan = plan_of(corpus, PackingConfig(Mixture(), row_length=2048, rows=None, seed=1), folder / "plan")
     sums = np.stack([plan.slots_R, plan.targets_R, plan.pairs_R]).astype(float)
     models = {}
-    for name in ("opt-1.3b", "opt-6.7b", "opt-30b"):
-        size = opt_size(name)
+    for name, size in OPT_SIZES.items():
         models[name] = ModelConfig(
             num_layers=size.num_layers,
             hidden_size=size.hidden_size,
@@ -82,6 +83,12 @@ def real_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]
             num_attention_heads=size.num_attention_heads,
         )
     return {name: row_flops(model, *sums) for name, model in models.items()}
+
+
+def test_rows_as_they_lie_where_swaps_do_not_help() -> None:
+    # Heaviest first ends at 41, and no single swap helps; the plan had found every row its company.
+    costs = [9, 9, 10, 12, 9, 10, 10, 11, 8, 8, 9, 15]
+    assert [sum(costs[row] for row in rows) for rows in deal_rows(costs, 3)] == [40, 40, 40]
 
 
 def test_rows_that_do_not_divide_are_a_bug() -> None:

@@ -2,8 +2,9 @@
 
     draw    the window's stretch of the stream, documents cut or dropped: draws.py
     hang    if asked for, documents that begin alike are gathered into trees: prefixes.py
-    pack    largest first, each into the row it fills best; then what is missing is spread over the rows
-    order   rows are shuffled within the window; nothing depends on the number of data-parallel ranks
+    pack    largest first, each into the row it fills best
+    even    rows trade documents and lie in groups of four that cost alike: balance.py
+    order   groups are shuffled within the window; nothing depends on the number of data-parallel ranks
 
 With row_length 8, documents of 9, 5, 4 and 3 tokens take 8, 4, 3 and 2 slots: rows [9], [5 4], and the 3
 opens a third row or, if the window was to have two, is not part of it.
@@ -19,6 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_iml.data.corpus.folder import Corpus
+from megatron_iml.data.plan.balance import (
+    GROUP_ROWS,
+    document_costs,
+    even_out,
+    group_rows,
+    trade_alike,
+)
 from megatron_iml.data.plan.draws import Draws, DrawStream, draw_window
 from megatron_iml.data.plan.folder import ENTRY
 from megatron_iml.data.plan.mixture import Mixture
@@ -27,7 +35,7 @@ from megatron_iml.data.plan.shuffle import Int64, permute, stream_key
 from megatron_iml.data.plan.writer import PackedRows
 
 # Raise it whenever the same inputs give another plan: it is part of a plan's fingerprint.
-ALGORITHM_VERSION = 3
+ALGORITHM_VERSION = 4
 # Documents packed together. Best fit among 16,384 fills 99.9 % of rows of 2,048; the smaller the window, the
 # more evenly every stretch of the run follows the mixture.
 WINDOW = 1 << 14
@@ -130,36 +138,15 @@ def best_fit(slots_W: Int64, row_length: int) -> tuple[Int64, int]:
     return np.array(row_of, dtype=np.int64), rows
 
 
-def even_out(slots_W: Int64, row_W: Int64, row_length: int) -> Int64:
-    """Fill the emptiest row with the smallest document of many others; return row_W.
-
-    Best fit leaves all that is missing in the row it opened last. A step with that row cannot be dealt
-    evenly; with a hundred rows that lack a few slots each it can.
-    """
-    if not len(slots_W):
-        return row_W
-    filled_R = np.bincount(row_W, slots_W).astype(np.int64)
-    emptiest = int(filled_R.argmin())
-    by_size = np.argsort(slots_W, kind="stable")
-    # The first of each row in this order is its smallest; a row's only document must not leave it.
-    rows, first = np.unique(row_W[by_size], return_index=True)
-    several = (np.bincount(row_W)[rows] > 1) & (rows != emptiest)
-    givers = np.sort(first[several])
-    given = by_size[givers]
-    left = row_length - filled_R[emptiest] - np.cumsum(slots_W[given])
-    # As long as the giver lacks no more afterwards than the row that it gives to.
-    lacks = row_length - filled_R[row_W[given]] + slots_W[given]
-    moved = given[: int(np.logical_and.accumulate(lacks <= left).sum())]
-    return np.where(np.isin(np.arange(len(row_W)), moved), emptiest, row_W)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Placement:
-    """Which draws lie where: their order, the row of each, the tokens it shares with the one before it."""
+    """Which draws lie where: their order, the tree of each, the tokens it shares with the one before it, and
+    the row of every tree."""
 
     order_P: Int64
-    row_P: Int64
+    tree_P: Int64
     shared_P: Int64
+    row_W: Int64
     num_rows: int
 
 
@@ -172,12 +159,8 @@ def _place(corpus: Corpus, draws: Draws, kept_P: Int64, config: PackingConfig) -
         else separate_documents(len(kept_P))
     )
     slots_P = lengths_P[forest.order_P] - 1 - forest.shared_P
-    slots_W = np.bincount(forest.tree_P, slots_P).astype(np.int64)
-    row_W, num_rows = best_fit(slots_W, config.row_length)
-    row_P = even_out(slots_W, row_W, config.row_length)[forest.tree_P]
-    # Stable: a tree stays together, and trees of a row in the order of the stream.
-    by_row = np.argsort(row_P, kind="stable")
-    return _Placement(kept_P[forest.order_P[by_row]], row_P[by_row], forest.shared_P[by_row], num_rows)
+    row_W, num_rows = best_fit(_sum_trees(slots_P, forest.tree_P), config.row_length)
+    return _Placement(kept_P[forest.order_P], forest.tree_P, forest.shared_P, row_W, num_rows)
 
 
 def _place_exactly(
@@ -196,10 +179,41 @@ def _place_exactly(
     alone = np.arange(placed.num_rows, rows)
     return _Placement(
         np.concatenate((placed.order_P, kept_P[holds : holds + len(alone)])),
-        np.concatenate((placed.row_P, alone)),
+        np.concatenate((placed.tree_P, len(placed.row_W) + np.arange(len(alone)))),
         np.concatenate((placed.shared_P, np.zeros(len(alone), dtype=np.int64))),
+        np.concatenate((placed.row_W, alone)),
         rows,
     )
+
+
+def _spread(draws: Draws, placed: _Placement, config: PackingConfig, number: int) -> Int64:
+    """Even the rows out and give each its place in the window; return the place of every draw's row [P]."""
+    slots_P, targets_P, pairs_P = _measure(draws, placed.order_P, placed.shared_P)
+    slots_W = _sum_trees(slots_P, placed.tree_P)
+    costs_W = _sum_trees(document_costs(slots_P, targets_P, pairs_P), placed.tree_P)
+    row_W = trade_alike(slots_W, costs_W, placed.row_W)
+    row_W = even_out(slots_W, costs_W, row_W, config.row_length)
+    order_R = group_rows(np.bincount(row_W, costs_W, minlength=placed.num_rows).astype(np.int64))
+    groups = placed.num_rows // GROUP_ROWS
+    # Unshuffled, the long documents of a window would all come in its first steps.
+    key = stream_key(config.seed, "rows", number)
+    firsts = GROUP_ROWS * permute(np.arange(groups), np.array(max(groups, 1)), key)
+    place_R = np.arange(placed.num_rows)
+    place_R[order_R[: groups * GROUP_ROWS]] = (firsts[:, None] + np.arange(GROUP_ROWS)).ravel()
+    place_R[order_R[groups * GROUP_ROWS :]] = np.arange(groups * GROUP_ROWS, placed.num_rows)
+    return place_R[row_W][placed.tree_P]
+
+
+def _sum_trees(values_P: Int64, tree_P: Int64) -> Int64:
+    return np.bincount(tree_P, values_P).astype(np.int64)
+
+
+def _measure(draws: Draws, order_P: Int64, shared_P: Int64) -> tuple[Int64, Int64, Int64]:
+    """Return what draws bring to their rows: slots, targets and visible pairs of each."""
+    # The last token takes no slot; the slot at position p sees p + 1 columns.
+    last_P = draws.lengths.length_N[order_P] - 1
+    pairs_P = (last_P * (last_P + 1) - shared_P * (shared_P + 1)) // 2
+    return last_P - shared_P, draws.lengths.num_targets_N[order_P], pairs_P
 
 
 def _tokens(corpus: Corpus, draws: Draws, kept_P: Int64) -> list[NDArray[np.uint16]]:
@@ -227,9 +241,8 @@ def pack_window(
         placed = _place_exactly(corpus, draws, kept_P, config, rows)
         # Draws after the last one packed are not part of the plan; dropped ones before it are.
         taken = int(placed.order_P.max()) + 1
-    # Unshuffled, the long documents of a window would all come in its first steps.
-    key = stream_key(config.seed, "rows", number)
-    row_P = permute(np.arange(placed.num_rows), np.array(placed.num_rows), key)[placed.row_P]
+    row_P = _spread(draws, placed, config, number)
+    # Stable: a tree stays together, and trees of a row in the order of the stream.
     by_row = np.argsort(row_P, kind="stable")
     order_P, shared_P = placed.order_P[by_row], placed.shared_P[by_row]
     counts_R = np.bincount(row_P, minlength=placed.num_rows)
@@ -253,11 +266,8 @@ def _arrange(draws: Draws, order_P: Int64, shared_P: Int64, counts_R: Int64) -> 
     entries["shared"] = shared_P
     # Depth first, so that what a document shares with any other it shares with the one before it.
     entries["trunk"] = np.where(shared_P > 0, place_P - 1, -1)
-    # The last token takes no slot; the slot at position p sees p + 1 columns.
-    last_P = length_P - 1
-    pairs_P = (last_P * (last_P + 1) - shared_P * (shared_P + 1)) // 2
-    sums = (last_P - shared_P, lengths.num_targets_N[order_P], pairs_P)
-    return PackedRows(entries, counts_R, *(_sum_rows(values_P, starts_R) for values_P in sums))
+    measures = _measure(draws, order_P, shared_P)
+    return PackedRows(entries, counts_R, *(_sum_rows(values_P, starts_R) for values_P in measures))
 
 
 def _sum_rows(values_P: Int64, starts_R: Int64) -> Int64:

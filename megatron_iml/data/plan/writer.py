@@ -4,6 +4,9 @@
         writer.append(window)                            its rows go to the ends of five files
         writer.close(ledger)                             manifest, one rename: .plan.partial/ -> plan/
 
+Rows come in groups that belong together (balance.py); a window's last rows, too few for a group, wait for
+those of other windows, so that a group always begins at a multiple of its size.
+
 A build that was killed leaves .plan.partial/, which the next one of that name clears away: a plan of 18
 million documents takes about a minute, so nothing of it is kept.
 
@@ -22,7 +25,8 @@ import orjson
 from numpy.typing import NDArray
 
 from megatron_iml.data.manifest import MANIFEST, read_manifest
-from megatron_iml.data.plan.folder import ARRAYS, FORMAT_VERSION, MANIFEST_KEYS, Plan, plan_fingerprint
+from megatron_iml.data.plan.balance import GROUP_ROWS
+from megatron_iml.data.plan.folder import ARRAYS, ENTRY, FORMAT_VERSION, MANIFEST_KEYS, Plan, plan_fingerprint
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +38,26 @@ class PackedRows:
     slots_R: NDArray[np.int64]
     targets_R: NDArray[np.int64]
     pairs_R: NDArray[np.int64]
+
+    def cut_groups(self) -> "tuple[PackedRows, PackedRows]":
+        """Return the rows that make up whole groups, and those after them."""
+        rows = len(self.counts_R) // GROUP_ROWS * GROUP_ROWS
+        entries = int(self.counts_R[:rows].sum())
+        sums = (self.counts_R, self.slots_R, self.targets_R, self.pairs_R)
+        return (
+            PackedRows(self.entries[:entries], *(values_R[:rows] for values_R in sums)),
+            PackedRows(self.entries[entries:], *(values_R[rows:] for values_R in sums)),
+        )
+
+    def join(self, other: "PackedRows") -> "PackedRows":
+        """Return these rows and the other ones after them."""
+        return PackedRows(
+            np.concatenate((self.entries, other.entries)),
+            np.concatenate((self.counts_R, other.counts_R)),
+            np.concatenate((self.slots_R, other.slots_R)),
+            np.concatenate((self.targets_R, other.targets_R)),
+            np.concatenate((self.pairs_R, other.pairs_R)),
+        )
 
 
 class _ArrayFile:
@@ -102,6 +126,8 @@ class PlanWriter:
         }
         self._files["row_starts"].append(np.zeros(1, dtype=np.int64))
         self.num_rows = self.num_entries = 0
+        none = np.zeros(0, dtype=np.int64)
+        self._loose = PackedRows(np.zeros(0, dtype=ENTRY), none, none, none, none)
 
     def __enter__(self) -> "PlanWriter":
         return self
@@ -111,7 +137,14 @@ class PlanWriter:
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def append(self, rows: PackedRows) -> None:
-        """Write rows after those before them."""
+        """Take rows; those beyond whole groups are written later, as groups of such rows or at the end."""
+        self.num_rows += len(rows.counts_R)
+        groups, loose = rows.cut_groups()
+        self._write(groups)
+        groups, self._loose = self._loose.join(loose).cut_groups()
+        self._write(groups)
+
+    def _write(self, rows: PackedRows) -> None:
         stops_R = self.num_entries + np.cumsum(rows.counts_R)
         for name, values in (
             ("entries", rows.entries),
@@ -121,11 +154,11 @@ class PlanWriter:
             ("row_pairs", rows.pairs_R),
         ):
             self._files[name].append(values)
-        self.num_rows += len(rows.counts_R)
         self.num_entries += len(rows.entries)
 
     def close(self, ledger: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Write the manifest, move the folder to its place and return the manifest."""
+        """Write the rows that waited and the manifest, move the folder to its place, return the manifest."""
+        self._write(self._loose)
         manifest = {
             "format_version": FORMAT_VERSION,
             "fingerprint": plan_fingerprint(self._origin),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_iml.data.plan.draws import DrawStream
 from megatron_iml.data.plan.mixture import Mixture
-from megatron_iml.data.plan.packing import PackingConfig, best_fit, even_out, pack_window
+from megatron_iml.data.plan.packing import PackingConfig, best_fit, pack_window
 
 LENGTHS = Path(__file__).parents[3].parent / "shared" / "lengths" / "doc_lengths_mixture.npz"
 CONFIG = PackingConfig(mixture=Mixture(50), row_length=64, rows=40, seed=7)
@@ -55,26 +55,6 @@ def test_exact_number_of_rows(tmp_path_factory: pytest.TempPathFactory, slots: l
     # A beginning of the stream, and as long as it can be: the next document fits no row.
     drawn = whole.tally["drawn"] if rows == len(whole.rows.slots_R) else packed.tally["drawn"]
     assert packed.tally["packed"].tolist() == drawn.tolist() == [len(packed.rows.entries)]
-
-
-def test_what_is_missing_is_spread() -> None:
-    slots = np.array([9, 6, 4, 7, 2, 1, 2, 1])
-    # Rows of 10: [9 1], [6 4], [7 2 1] and one with 2 in it. It gets 1 and 1; with the 4 another lacks more.
-    rows = np.array([0, 1, 1, 2, 2, 0, 3, 2])
-    assert even_out(slots, rows, 10).tolist() == [0, 1, 1, 2, 2, 3, 3, 3]
-    assert even_out(np.array([3]), np.array([0]), 10).tolist() == [0]
-    assert even_out(np.array([], dtype=int), np.array([], dtype=int), 10).tolist() == []
-
-
-@settings(max_examples=100, deadline=None)
-@given(slots=st.lists(st.integers(1, 20), min_size=1, max_size=80))
-def test_no_row_overflows_or_empties_and_none_is_emptier_than_before(slots: list[int]) -> None:
-    before, rows = best_fit(np.array(slots), 20)
-    after = even_out(np.array(slots), before, 20)
-    filled = np.bincount(after, slots, minlength=rows)
-    assert len(filled) == rows
-    assert filled.max() <= 20
-    assert filled.min() >= np.bincount(before, slots).min()
 
 
 def test_pairs_and_slots_of_a_known_window(tmp_path: Path) -> None:

@@ -28,10 +28,12 @@ def test_pieces_become_one_plan(tmp_path: Path) -> None:
     manifest = writer.close({"task": {"drawn": 2004}})
     assert (manifest["num_rows"], manifest["num_entries"]) == (1002, 2004)
     plan = Plan.open(tmp_path / "plan")
-    assert [plan.entries(row)["document"].tolist() for row in (0, 1, 1000, 1001)] == [
-        [7, 7],
+    # Whole groups of four go ahead of the rows that wait for company, which here never comes.
+    assert [plan.entries(row)["document"].tolist() for row in (0, 1, 999, 1000, 1001)] == [
         [0, 0],
+        [1, 1],
         [999, 999],
+        [7, 7],
         [9, 9],
     ]
     assert plan.row_starts.tolist() == list(range(0, 2005, 2))
@@ -42,6 +44,16 @@ def test_pieces_become_one_plan(tmp_path: Path) -> None:
         data = (tmp_path / "plan" / f"{name}.npy").read_bytes()
         assert (len(data), sha256(data).hexdigest()) == (record["bytes"], record["sha256"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan"]
+
+
+def test_rows_left_over_become_groups(tmp_path: Path) -> None:
+    with PlanWriter(tmp_path / "plan", ORIGIN) as writer:
+        for piece in (rows(0, 1, 2, 3, 100), rows(4, 5, 6, 7, 101, 102, 103), rows(8, 9, 10, 11, 104)):
+            writer.append(piece)
+        assert writer.num_rows == 17
+        writer.close({})
+    documents = Plan.open(tmp_path / "plan").entries_E["document"][::2]
+    assert documents.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 100, 101, 102, 103, 8, 9, 10, 11, 104]
 
 
 def test_an_empty_folder_is_filled_and_a_file_is_not(tmp_path: Path) -> None:
