@@ -81,6 +81,7 @@ class Writer(FileSystemWriterAsync):
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         """Sort what this rank writes into its files."""
+        # Not megatron-core's split by size: who loads weights alone need not read or verify the rest.
         kinds: dict[str, tuple[list[Any], list[Any]]] = {"weights": ([], []), "optimizer": ([], [])}
         for item in plan.items:
             kind = "optimizer" if item.index.fqn.startswith("optimizer.") else "weights"
@@ -99,9 +100,11 @@ class Writer(FileSystemWriterAsync):
 
         def finish() -> None:
             """Hear from the writers; rank 0 then writes the metadata of all."""
+            # A rank without a file of its own has started no process and has heard nothing.
             results, files, error = self.outcome.hear() if self.write_buckets else ([], {}, None)
             reports: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
             dist.gather_object((results, files), reports)
+            # After the gather: ranks that raised before it would leave rank 0 waiting.
             raise_agreed(error)
             if reports is not None:
                 assert metadata is not None, "rank 0 has planned the whole checkpoint"

@@ -44,6 +44,7 @@ def check_share_of_files(folder: Path, record: Record, weights_only: bool) -> No
         ValueError: naming each file that is missing, truncated or changed.
     """
     files = files_of(record, weights_only)
+    # In turn: files of one kind are neighbours in this order, and about equally large.
     mine = sorted(files)[dist.get_rank() :: dist.get_world_size()]
     check_files(folder, {name: files[name] for name in mine})
 
@@ -51,7 +52,9 @@ def check_share_of_files(folder: Path, record: Record, weights_only: bool) -> No
 def load_run(folder: Path, engine: Engine) -> RunState:
     """Fill weights, master weights and moments from a checkpoint of this or another layout or precision."""
     record = read_record(folder)
+    # megatron-core would complain of one tensor's shape; this names every size that differs.
     check_same_shape(folder, record.config["model"], engine.config.model)
+    # Of this layout: megatron-core reads from each stored chunk the part that falls into ours.
     state = sharded_state(engine, is_loading=True)
     weights = {name: value for name, value in state.items() if name != "optimizer"}
     if record.config["training"]["precision"] != engine.config.training.precision:

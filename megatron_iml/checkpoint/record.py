@@ -98,6 +98,7 @@ def write_record(folder: Path, record: Record) -> None:
     """Mark the folder complete."""
     content = {"format_version": FORMAT_VERSION, **asdict(record)}
     # Over everything else, so that a damaged record is known as such before any of it is believed.
+    # Indented: people read it, too.
     text = json.dumps({**content, "sha256": _digest(content)}, indent=1)
     write_atomically(folder / MARKER, text.encode())
 
@@ -116,6 +117,7 @@ def read_record(folder: Path) -> Record:
             f"{folder} is no complete checkpoint: it has no {MARKER}, which is written last; "
             f"complete ones beside it: {names or 'none'}"
         )
+    # Whatever is wrong with the text, the remedy is the same.
     damaged = ValueError(f"{marker} is damaged: go on from another checkpoint, or copy this one again")
     try:
         content = json.loads(marker.read_bytes())
@@ -127,6 +129,7 @@ def read_record(folder: Path) -> Record:
             f"{folder} has checkpoint format {version}, this version reads {FORMAT_VERSION}: "
             "convert it with the version that wrote it"
         )
+    # After the version: another one may have hashed something else.
     if digest != _digest({"format_version": version, **content}):
         raise damaged
     files = {name: StoredFile(**file) for name, file in content.pop("files").items()}
@@ -157,6 +160,7 @@ def describe_file(path: Path) -> StoredFile:
 def damage(folder: Path, files: Mapping[str, StoredFile]) -> list[str]:
     """What is wrong with these files of a checkpoint, a line each; reads all of those that look whole."""
     problems = []
+    # Sizes first: of a truncated file nothing has to be read.
     for name, stored in files.items():
         path = folder / name
         if not path.is_file():
@@ -205,4 +209,5 @@ def check_same_shape(folder: Path, theirs: Mapping[str, Any], ours: ModelConfig)
 
 
 def _digest(content: object) -> str:
+    # Sorted, so that the order of fields is nobody's business.
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

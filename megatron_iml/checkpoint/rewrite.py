@@ -56,6 +56,7 @@ def rewrite(
         raise ValueError(f"{output} exists, and nothing is overwritten: name another --output, or remove it")
     changed = precision not in (None, record.config["training"]["precision"])
     from_masters = changed and record.has_optimizer
+    # Before an hour's work, and of all that is read: rewriting would give damage a good checksum.
     check_files(source, files_of(record, weights_only and not from_masters))
     staging = output.with_name(output.name + PARTIAL)
     # What a killed try has left: it is quicker to write again than to trust.
@@ -124,6 +125,7 @@ def _rewritten(
     is_weight = isinstance(entry, TensorStorageMetadata) and not name.startswith(STATE_PREFIX)
     rounds = name.startswith(MASTER_PREFIX) if from_masters else is_weight
     if not is_weight or dtype is None:
+        # As it lies: an archive of its own, whose bytes do not depend on where they are.
         yield name, raw
     if rounds and dtype is not None:
         rounded = io.BytesIO()

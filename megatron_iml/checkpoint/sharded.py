@@ -26,6 +26,7 @@ def sharding() -> dict[str, Any]:
 
 def sharded_chunks(chunks: Sequence[OPTModel]) -> dict[str, Any]:
     """Weights of this rank's chunks, by the chunk's name."""
+    # megatron-core's own names, which its optimizer looks chunks up by.
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     return {
         name: chunk.sharded_state_dict(metadata=sharding()) for name, chunk in zip(names, chunks, strict=True)
@@ -35,6 +36,7 @@ def sharded_chunks(chunks: Sequence[OPTModel]) -> dict[str, Any]:
 def sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
     """Everything a checkpoint holds; a load fills the optimizer's tensors where they are."""
     chunks = sharded_chunks(engine.chunks)
+    # It wants the state of a lone chunk bare.
     weights = chunks["model"] if len(chunks) == 1 else chunks
     optimizer = engine.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding())
     return {**chunks, "optimizer": optimizer}
@@ -50,6 +52,7 @@ def owned_bytes(state: dict[str, Any], data_rank: int) -> int:
     return sum(
         tensor.data.nbytes
         for tensor in sharded_tensors(state)
+        # Every data rank lists all weights of its stage; they are written once.
         if data_rank == 0 or tensor.key.startswith(STATE_PREFIX)
     )
 
@@ -63,6 +66,7 @@ def master_weights_problem(state: dict[str, Any]) -> str | None:
     weights: dict[str, list[ShardedTensor]] = {}
     for tensor in sharded_tensors(state):
         weights.setdefault(tensor.key, []).append(tensor)
+    # Box by box, where they lie: gathering whole tensors is what the save avoids.
     masters = [tensor for key in weights if key.startswith(MASTER_PREFIX) for tensor in weights[key]]
     names = [master.key.removeprefix(MASTER_PREFIX) for master in masters]
     wrong = [
@@ -84,6 +88,7 @@ def _is_rounded(master: ShardedTensor, weights: Sequence[ShardedTensor]) -> bool
         theirs = _with_stacked_axes(weight)
         place = [at - start for at, start in zip(master.global_offset, weight.global_offset, strict=True)]
         ends = [at + size for at, size in zip(place, ours.shape, strict=True)]
+        # Interleaved stages hold several layers of one stacked name: the box lies in one of them.
         if min(place) >= 0 and all(end <= size for end, size in zip(ends, theirs.shape, strict=True)):
             part = theirs[tuple(slice(at, end) for at, end in zip(place, ends, strict=True))]
             return torch.equal(ours.to(part.dtype), part)
@@ -92,4 +97,5 @@ def _is_rounded(master: ShardedTensor, weights: Sequence[ShardedTensor]) -> bool
 
 def _with_stacked_axes(tensor: ShardedTensor) -> torch.Tensor:
     """Its data with the axis that layers are stacked along, which a layer's own parameter lacks."""
+    # A view: indexing with None adds axes of size one.
     return tensor.data.detach()[(None,) * tensor.prepend_axis_num]

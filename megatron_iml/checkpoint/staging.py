@@ -79,6 +79,7 @@ class Staging:
 
     def reserve(self, tensors: Sequence[Tensor]) -> None:
         """Make room for these."""
+        # Placed one behind the other, each at a multiple that any type and the copy engine like.
         needed = sum(_aligned(tensor.nbytes) for tensor in tensors if self.must_copy(tensor))
         if needed <= self.size:
             return

@@ -173,11 +173,13 @@ class CheckpointStore:
         engine.gather_weights()
         tensors = sharded_state(engine, is_loading=False)
         # Agreed on, since a rank that stopped alone would leave the others waiting for the timeout.
+        # Before anything is written: the older checkpoint is still the newest, as it should be then.
         problem = agreed_failure(master_weights_problem(tensors))
         if problem is not None:
             raise RuntimeError(problem)
         self.under_way = save = self._open(state, validation, began)
         needed = torch.tensor([owned_bytes(tensors, engine.layout.data_rank)], device=engine.layout.device)
+        # The sum of all ranks: they share one disk, and only rank 0 looks at it.
         dist.all_reduce(needed)
         on_rank_zero(lambda: self._make_room(save, int(needed.item())))
         strategy = SaveStrategy(self.staging if self.options.asynchronous else None)
@@ -233,6 +235,7 @@ class CheckpointStore:
 
     def _name(self, save: Save, config: Config, files: dict[str, StoredFile]) -> None:
         """Rank 0, when every file is on the disk: mark complete, name, point to it, drop old ones."""
+        # megatron-core's small files, whose digests nobody has computed while writing.
         others = [path for path in sorted(save.staging.iterdir()) if path.name not in files]
         record = Record(
             state=save.state,
@@ -244,6 +247,7 @@ class CheckpointStore:
             files=files | {path.name: describe_file(path) for path in others},
         )
         write_record(save.staging, record)
+        # Entries before the rename, the rename before the pointer: each step outlives a power cut.
         sync_folder(save.staging)
         save.staging.rename(save.folder)
         sync_folder(self.directory)

@@ -27,6 +27,7 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]
     if len(shape) == 1:
         yield (start,), (stop - start,)
         return
+    # First row that begins inside the range, and the one after the last that ends inside it.
     row = math.prod(shape[1:])
     first, last = -(-start // row), stop // row
     # Inside one row: no whole row lies between its ends.
@@ -42,6 +43,7 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]
 
 
 def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[Box]:
+    # Counted from the row's own beginning; a row is a tensor of one axis less.
     before = index * math.prod(shape[1:])
     for offset, size in boxes_of_range(shape[1:], start - before, stop - before):
         yield (index, *offset), (1, *size)

@@ -28,6 +28,7 @@ Digest = tuple[int, int, int]
 
 def check_copies(engine: Engine) -> None:
     """Raise RuntimeError on every rank, naming ranks and weights, if copies differ or weights are missing."""
+    # Digests, not weights: three numbers a tensor.
     everyone: list[dict[Part, Digest]] = [{} for _ in range(engine.layout.world_size)]
     dist.all_gather_object(everyone, _digests(engine))
     holders: dict[Part, dict[int, Digest]] = {}
@@ -35,6 +36,7 @@ def check_copies(engine: Engine) -> None:
         for part, digest in digests.items():
             holders.setdefault(part, {})[rank] = digest
     check_equal(holders)
+    # One holder of each part: all hold the same, or the line above has raised.
     held = sum(next(iter(digests_by_rank.values()))[0] for digests_by_rank in holders.values())
     expected = parameter_count(engine.config.model)
     if held != expected:
@@ -69,6 +71,7 @@ def _digests(engine: Engine) -> dict[Part, Digest]:
     """Size and digest of every part that this rank holds."""
     digests = {}
     for name, parameter in named_global_parameters(engine.chunks):
+        # A tensor that is not cut is the same part on every tensor rank.
         part = 0 if tensor_parallel_dim(parameter) is None else engine.layout.tensor_rank
         digests[name, part] = digest(parameter.detach())
     return digests
@@ -76,6 +79,7 @@ def _digests(engine: Engine) -> dict[Part, Digest]:
 
 def digest(tensor: Tensor) -> Digest:
     """Elements, and weighted sums of their bits by row and by column: a value that moves changes one."""
+    # As integers: NaN equals itself then, and -0 is not 0.
     bits = tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
     bits = bits.view(bits.shape[0], -1)
     # Sums of integers are exact in any order, and the casts inside them need no memory.

@@ -74,6 +74,7 @@ def representative_ranks(config: Config, world_size: int) -> list[int]:
 
 def first_row_targets(config: Config) -> tuple[int, str]:
     """Targets of the run's first row, and where the number comes from."""
+    # A recipe names data that is not made yet; the shapes need its number of targets only.
     corpus, plan = Path(config.data.train_corpus or ""), Path(config.data.train_plan or "")
     if not plan.is_dir() or not corpus.is_dir():
         return int(TARGET_SHARE * config.data.row_length), f"assumed: {plan} or {corpus} is not here"
@@ -99,6 +100,7 @@ def account_of(config: Config, rank: int, world_size: int, num_targets: int) -> 
             for chunk in engine.chunks
             for name, parameter in named_global_parameters([chunk])
         }
+        # Interleaved stages have a buffer for each chunk.
         buffers = [buffer for wrapped in engine.wrapped for buffer in wrapped.buffers]
         return RankAccount(
             place=place_of_rank(config, world_size, rank),
@@ -161,6 +163,7 @@ def _run_first_row(engine: Engine, num_targets: int) -> list[tuple[int, ...]]:
     local = length // (layout.tensor_size if config.parallel.sequence_parallel else 1)
     hidden_shape = (local, 1, config.model.hidden_size)
     slots_T, targets_M = (torch.empty(size, dtype=torch.int64, device=META) for size in (length, num_targets))
+    # One row is enough: all have the same shape, whatever lies in them.
     context = RowContext(row=0, bounds=None)  # type: ignore[arg-type]  # shapes see no bounds
     batch = MicroBatch(context, slots_T, slots_T, targets_M, targets_M)
     if config.parallel.overlap_param_gather:
@@ -197,11 +200,13 @@ def check_accounts(config: Config, world_size: int, accounts: Sequence[RankAccou
             expected = stage_parameters(config, stage)
             raise RuntimeError(f"{account.place} holds {held:,} parameters, not {expected:,}")
         for name, tensor in account.tensors.items():
+            # The last stage updates it too, from the same gradient, but the first one owns it.
             if tensor.is_copy:
                 continue
             if owners.setdefault(name, stage) != stage or sizes.setdefault(name, tensor) != tensor:
                 raise RuntimeError(f"{name}: owned by stage {owners[name]}, and by stage {stage} as {tensor}")
     tensor_size = config.parallel.tensor_model_parallel_size
+    # A cut tensor counts once a tensor rank, a replicated one once.
     total = sum(tensor.elements * (tensor_size if tensor.is_cut else 1) for tensor in sizes.values())
     expected = parameter_count(config.model)
     if total != expected:

@@ -66,6 +66,7 @@ def prepare(config: Config, layout: Layout) -> Run:
     train_loader, validation_loaders = on_every_rank(lambda: _open_data(config))
     plan = train_loader.plan
     on_every_rank(lambda: choose_ops(config.model.kernel_backend, layout.device))
+    # Before the model: it says whether this is a new run, and whether it may be one.
     store = CheckpointStore(directory / "checkpoints", config.checkpoint)
     newest = newest_checkpoint(store.directory)
     on_every_rank(lambda: _check_start(config, newest, plan))

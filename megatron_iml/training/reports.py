@@ -42,6 +42,7 @@ class RankReport(NamedTuple):
 
 def exchange(report: RankReport, loss_sum: Tensor, layout: Layout) -> tuple[RankReport, ...]:
     """Every rank's report, by rank. `loss_sum`, a scalar on the device, stands in for the report's own."""
+    # The loss joins on the device: reading it first would make the host wait twice.
     numbers = torch.tensor(report, dtype=torch.float64).to(layout.device, non_blocking=True)
     numbers[RankReport._fields.index("loss_sum")] = loss_sum
     gathered = numbers.new_empty(layout.world_size * len(report))
@@ -56,6 +57,7 @@ def check_reports(reports: Sequence[RankReport], rows: StepRows, config: Config)
     train on something else than the others believe.
     """
     remedy = "check that the plan's folder is the same on every node"
+    # The widest first: ranks with another plan would also read other rows.
     plans = disagreement({rank: report.documents_crc for rank, report in enumerate(reports)})
     if plans:
         raise RuntimeError(f"{plans}: they take other documents from the plan; {remedy}")
@@ -64,6 +66,7 @@ def check_reports(reports: Sequence[RankReport], rows: StepRows, config: Config)
         raise RuntimeError(f"ranks {misread} read rows whose targets or bounds are not the plan's; {remedy}")
     replicas: dict[int, dict[int, float]] = {}
     for rank, report in enumerate(reports):
+        # Tensor ranks and stages of one replica run the same rows; replicas run different ones.
         replicas.setdefault(place_of_rank(config, len(reports), rank).data, {})[rank] = report.rows_digest
     for digests in replicas.values():
         odd = disagreement(digests)

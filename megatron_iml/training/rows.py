@@ -74,6 +74,7 @@ def step_rows(loader: Loader, rows: range, config: Config, layout: Layout) -> St
     # Middle stages need no token, so they touch no page of the corpus.
     read = loader.row if layout.is_first_stage or layout.is_last_stage else loader.layout
     documents = plan.entries_E["document"][plan.row_starts[rows.start] : plan.row_starts[rows.stop]]
+    # Indices beyond the range are the empty rows that fill it up.
     own_rows = [(index, read(rows[index])) for index in own if index < len(rows)]
     padding = [empty_row(plan.row_length)] * (len(own) - len(own_rows))
     return StepRows(

@@ -51,11 +51,14 @@ def run_self_test(engine: Engine) -> None:
     """Raise RuntimeError, naming the ranks, if this layout does not compute what it should."""
     check_copies(engine)
     model = engine.config.model
+    # As long as this run's rows and positions allow: tiles and shards are those of training.
     pieces = sample_documents(engine.config.data.row_length, model.vocab_size, model.max_position_embeddings)
     before = run_traced(engine, _row(engine, pieces))
+    # Now: the next run of a row clears the gradients that this one has left in the buffers.
     problems = [*_wrong_positions(before, pieces), *_weights_without_gradient(engine)]
     leaks: list[int] = []
     gradient_leaks: list[int] = []
+    # A plain document; a trunk inside its shared prefix; a branch beyond it.
     for changed, may_differ in ((1, {1}), (TRUNK, {TRUNK, *BRANCHES}), (BRANCHES[0], {BRANCHES[0]})):
         after = run_traced(engine, _row(engine, _change(pieces, changed, model.vocab_size)))
         problems += _compare(engine, pieces, before, after, changed, may_differ)
@@ -118,6 +121,7 @@ def _change(pieces: list[Piece], changed: int, vocab_size: int) -> list[Piece]:
     """Change one token of a document: of a trunk, one inside the shared prefix, which the branches then carry
     too."""
     place = pieces[changed].shared
+    # The next id, round the vocabulary: another one, and no special token, whatever its size.
     token = 4 + (int(pieces[changed].tokens[place]) - 3) % (vocab_size - 4)
     result = list(pieces)
     for index, piece in enumerate(pieces):
@@ -175,6 +179,7 @@ def _compare(
     problems = []
     slot_owner_T = _slot_owners(pieces, engine.config.data.row_length)
     if before.losses_M is not None and after.losses_M is not None:
+        # Targets come in the order of documents, as `assemble_row` puts them.
         owner_M = np.concatenate([np.full(len(p.tokens) - p.source_length, i) for i, p in enumerate(pieces)])
         differs_M = (before.losses_M != after.losses_M).cpu().numpy() | ~np.isfinite(
             after.losses_M.cpu().numpy()

@@ -28,12 +28,14 @@ class ForwardTimer:
     @contextmanager
     def measure(self) -> Iterator[None]:
         """Time what is done inside."""
+        # On the CPU an operation is done when its call returns.
         if not self.on_gpu:
             began = time.perf_counter()
             yield
             self.seconds += time.perf_counter() - began
             return
         pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # On the current stream, which the chunk's own kernels are on; the host does not wait.
         pair[0].record()
         yield
         pair[1].record()
@@ -42,6 +44,7 @@ class ForwardTimer:
     def take(self) -> float:
         """The seconds so far, and start again; waits for the last span, so ask when a step is through."""
         if self.events:
+            # The last of one stream: all earlier ones are through by then.
             self.events[-1][1].synchronize()
         seconds = self.seconds + sum(began.elapsed_time(ended) for began, ended in self.events) / 1000
         self.seconds, self.events = 0.0, []

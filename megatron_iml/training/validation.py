@@ -18,6 +18,7 @@ def validation_losses(engine: Engine, loaders: Mapping[str, Loader]) -> dict[str
     """Mean negative log-likelihood per target of every level, the same on every rank."""
     losses = {}
     for level, loader in loaders.items():
+        # All rows as one step: pipelines fill once, and the loss is divided once.
         rows = step_rows(loader, range(loader.plan.num_rows), engine.config, engine.layout)
         per_row = engine.run(rows.micro_batches(engine.layout), len(rows.rows), forward_only=True)
         losses[level] = mean_loss(share(engine, per_row, rows))

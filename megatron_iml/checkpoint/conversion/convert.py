@@ -57,17 +57,21 @@ def convert(
     """
     request = _request(source, target, dtype)
     with PartialFolder(output, target.files, request) as partial:
+        # Group by group, for a kill costs what is not in the journal yet: a layer.
         for label, group in groups(target.model):
             if label in partial.done:
+                # Told all the same, so that the bar of a conversion that goes on ends at 100 %.
                 advance(sum(plan_bytes(one, source, dtype) for one in group))
             else:
                 partial.write_group(label, _pieces(source, target, group, dtype, advance))
         for name, data in target.texts.items():
             partial.write_text(name, data)
         manifest = {"format_version": FORMAT_VERSION, **request, "tensors": partial.checksums()}
+        # After the tensors: it holds their checksums, and a reader may trust a folder that has it.
         partial.write_text(MANIFEST, json.dumps(manifest, indent=1).encode())
         target.finish(partial.folder)
         if verify is not None:
+            # Before the folder has its name: what fails here never existed for others.
             verify(partial.folder)
         partial.reveal()
 
@@ -85,6 +89,7 @@ def plan_bytes(parameter: Parameter, source: Source, dtype: torch.dtype | None) 
 
 def _request(source: Source, target: Target, dtype: torch.dtype | None) -> dict[str, Any]:
     """What a conversion is; equal requests write equal bytes."""
+    # Size and time of change, not a digest: reading 349 GB twice would double the conversion.
     files = {
         str(file): [file.stat().st_size, file.stat().st_mtime_ns]
         for file in (f.absolute() for f in source.files)
@@ -108,11 +113,13 @@ def _pieces(
     theirs = parameters(source.model)
     for parameter in group:
         full = source.read(theirs[parameter.name])
+        # Before padding and rounding, which make numbers that the file does not hold.
         _check_values(source, parameter.name, full)
         if parameter.name == WORD_EMBEDDING:
             full = fit_vocabulary(full, target.model)
         if dtype is not None:
             full = _round(source, parameter.name, full, dtype)
+        # Shapes were checked when the source was opened; a rule of the table that is wrong shows here.
         assert tuple(full.shape) == parameter.shape, f"{parameter.name}: {full.shape}, not {parameter.shape}"
         yield from target.pieces(parameter, full)
         advance(full.nbytes)
@@ -134,6 +141,7 @@ def _check_values(source: Source, name: str, full: Tensor) -> None:
             f"{source.path}: tensor {name} holds {low} and {high}; allowed: finite numbers; the file is "
             "damaged, or training had diverged"
         )
+    # Matrices only: a bias or a norm that training left at one value is possible.
     if full.dim() == 2 and low == high:
         raise ValueError(
             f"{source.path}: every number of tensor {name} is {low:g}: the file was never filled; "

@@ -25,6 +25,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     manifest = json_object(path)
+    # A newer form may mean something else by the same words.
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}: "
@@ -44,6 +45,7 @@ def read_checksums(folder: Path) -> dict[str, dict[str, int]]:
         return {}
     files: dict[str, dict[str, Any]] = manifest["tensors"]
     gone = [name for name in files if not (folder / name).is_file()]
+    # Or its tensors would be missed one by one, by names that do not say which file to copy.
     if gone:
         raise FileNotFoundError(
             f"{folder} lacks {gone[0]}, which {MANIFEST} lists ({len(gone)} of {len(files)} files are gone): "

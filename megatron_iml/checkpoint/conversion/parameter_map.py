@@ -127,6 +127,7 @@ class Parameter:
 
 def groups(model: ModelConfig) -> Iterator[tuple[str, list[Parameter]]]:
     """Yield every parameter in groups: embeddings and the last norm, then layer by layer."""
+    # First, as in metaseq's modules: flat parameters hold these in one vector of their own.
     yield "embeddings and final norm", [_fill(row, None, model) for row in TABLE if "*" not in row.ours]
     for layer in range(model.num_layers):
         yield f"layer {layer}", [_fill(row, layer, model) for row in TABLE if "*" in row.ours]
@@ -168,6 +169,7 @@ def fuse_qkv(parts: Sequence[Tensor], head_dim: int) -> Tensor:
 
 def split_qkv(fused: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Inverse of `fuse_qkv`."""
+    # Rows are [heads, (q, k, v), head size]: the middle axis is what is taken apart.
     query, key, value = fused.unflatten(0, (-1, 3, head_dim)).unbind(1)
     return query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
 

@@ -86,6 +86,7 @@ class PartialFolder:
         for file, name, tensor in pieces:
             record = self.plans[file].records[name]
             position, checksum = written.get((file, name), (0, 0))
+            # As bytes, since numpy has no bf16. Of a view on a mapped file nothing is copied here.
             data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
             assert position + len(data) <= record.num_bytes, (
                 f"{name}: {len(data)} bytes too many for {record}"
@@ -101,6 +102,7 @@ class PartialFolder:
             for place in record.crc_offsets:
                 self._write(file, name, memoryview(checksum.to_bytes(4, "little")), place)
             checksums.setdefault(file, {})[name] = {"bytes": position, "crc32": f"{checksum:08x}"}
+        # One group behind at most: the pages of two layers are all that is not yet on the disk.
         self.settle()
         self._syncing = self._syncer.submit(self._complete, label, checksums)
 
@@ -120,6 +122,7 @@ class PartialFolder:
     def checksums(self) -> Checksums:
         """Of every record of every file, when all are on disk."""
         self.settle()
+        # From the journal, not from this process: a conversion that goes on did not write all of them.
         files: Checksums = {name: {} for name in self.plans}
         for group in self.done.values():
             for file, records in group.items():
@@ -153,6 +156,7 @@ class PartialFolder:
 
     def _write(self, file: str, name: str, data: memoryview, offset: int) -> None:
         try:
+            # A call writes 2 GiB at most, and a signal may cut it short.
             while data:
                 count = os.pwrite(self._files[file], data, offset)
                 data, offset = data[count:], offset + count
@@ -181,6 +185,7 @@ class PartialFolder:
                 f"{self.folder} was begun by a conversion that differs in {', '.join(differs)}: remove it, "
                 "or name another --output"
             )
+        # Else the next line would join the one that was cut short.
         os.truncate(journal, len(whole))
         self.done = {line["group"]: line["tensors"] for line in lines[1:]}
         return True
@@ -190,6 +195,7 @@ class PartialFolder:
         for path in self.folder.iterdir():
             path.unlink()
         needed, free = sum(plan.size for plan in self.plans.values()), shutil.disk_usage(self.folder).free
+        # The files are sparse until they are filled: the disk itself would say so hours later.
         if needed > free:
             raise ValueError(
                 f"{self.output} needs {needed:,} bytes, {free:,} are free there: make room, or name another "

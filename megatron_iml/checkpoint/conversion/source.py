@@ -56,6 +56,7 @@ def check_complete(
     Raises:
         ValueError: naming the first missing, extra or misshapen tensors.
     """
+    # Missing before extra: a truncated file lacks some, files of two models have both.
     missing = [name for name in expected if name not in found]
     if missing:
         raise ValueError(
@@ -80,6 +81,7 @@ def check_complete(
 def same_dtype(where: str, name: str, dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The type that all parts of one tensor have."""
     found = sorted(set(dtypes), key=str)
+    # Joining parts of two types would round one of them without a word.
     if len(found) != 1:
         raise ValueError(f"{where}: the parts of {name} have types {found}; allowed: one; save it again")
     return found[0]

@@ -65,6 +65,7 @@ def inference_prefix(source: Source, asked: Prefix | None) -> Prefix:
     Raises:
         ValueError: if neither the user nor the source says it.
     """
+    # The user knows better than a tokenizer's settings, which were often copied from the base model.
     prefix = asked or source.prefix
     if prefix is None:
         raise ValueError(

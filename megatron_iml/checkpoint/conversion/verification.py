@@ -53,11 +53,13 @@ def check_same_logits(source: Source, converted: Source, exactly: bool, toleranc
     Raises:
         ValueError: if the logits differ by more.
     """
+    # Rows that pad one of the vocabularies have no counterpart in the other.
     rows = min(source.model.vocab_size, converted.model.vocab_size)
     length = min(LENGTH, source.model.max_position_embeddings)
     generator = torch.Generator().manual_seed(1)
     tokens_ST = torch.randint(rows, (PROMPTS, length), generator=generator)
     ours, theirs = (logits(one, tokens_ST)[..., :rows] for one in (converted, source))
+    # Relative to the spread: logits of models of different sizes differ in scale.
     difference = ((ours - theirs).abs().max() / theirs.std()).item()
     if not (torch.equal(ours, theirs) if exactly else difference <= tolerance):
         raise ValueError(
@@ -84,6 +86,7 @@ def logits(source: Source, tokens_ST: Tensor) -> Tensor:
     layers, whole = _reader(source)
     words_VF = whole("words")
     positions_TF = whole("positions")[POSITION_OFFSET:][: tokens_ST.shape[1]]
+    # Looked up before the cast: the table in fp32 would be the largest thing in memory.
     hidden = words_VF[tokens_ST].float() + positions_TF.float()
     heads = source.model.num_attention_heads
     for layer in layers:

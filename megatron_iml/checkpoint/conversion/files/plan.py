@@ -106,6 +106,7 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         reference = _StorageReference(len(self.specs), value)
         self.specs.append(value)
+        # torch's own strides for such a shape, sizes of 0 and 1 among them.
         stride = torch.empty(value.shape, device="meta").stride()
         arguments: Any = (reference, 0, value.shape, stride, False, OrderedDict())
         return torch._utils._rebuild_tensor_v2, arguments
@@ -115,6 +116,7 @@ class _Pickler(pickle.Pickler):
         if not isinstance(value, _StorageReference):
             return None
         spec = value.spec
+        # The tuple that torch.load takes apart; "cpu" is where it would put the tensor.
         return ("storage", STORAGES[spec.dtype], str(value.key), "cpu", math.prod(spec.shape))
 
 
@@ -123,6 +125,7 @@ def torch_archive(value: Any) -> FilePlan:
     stream = io.BytesIO()
     pickler = _Pickler(stream)
     pickler.dump(value)
+    # Records and their order as torch.save writes them: data.pkl first, `version` last.
     zip_plan = _ZipPlan()
     zip_plan.add_bytes("archive/data.pkl", stream.getvalue())
     zip_plan.add_bytes("archive/byteorder", b"little")
@@ -172,9 +175,11 @@ class _ZipPlan:
         large = num_bytes >= ZIP32_LIMIT
         size = ZIP32_LIMIT if large else num_bytes
         extra = struct.pack("<HHQQ", 1, 16, num_bytes, num_bytes) if large else b""
+        # Tensors begin at multiples of 64, so that a mapped file can be viewed as numbers in place.
         padding = -(start + 30 + len(name) + len(extra) + 4) % ALIGNMENT
         # torch's own padding field.
         extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        # APPNOTE 4.4.3: 4.5 knows ZIP64, 2.0 is everybody's. 0x21 is 1 January 1980, the first date there is.
         version = 45 if large else 20
         fields = (version, 0, 0, 0, 0x21, crc, size, size, len(name), len(extra))
         header = b"PK\3\4" + struct.pack("<HHHHHIIIHH", *fields) + name + extra
@@ -191,6 +196,7 @@ class _ZipPlan:
         size, count = starts[-1] - starts[0], len(self.directory)
         large = starts[-1] >= ZIP32_LIMIT
         tail = b"".join(self.directory)
+        # ZIP64's own end of the directory, and a locator that says where it is; the old end follows.
         if large:
             fields64 = (44, 45, 45, 0, 0, count, count, size, starts[0])
             tail += b"PK\6\6" + struct.pack("<QHHIIQQQQ", *fields64)
@@ -207,6 +213,7 @@ class _ZipPlan:
 
 
 def _directory_entry(name: bytes, num_bytes: int, crc: int, start: int) -> bytes:
+    # Only what does not fit 32 bits goes into the extra field, in this order (APPNOTE 4.5.3).
     large, far = num_bytes >= ZIP32_LIMIT, start >= ZIP32_LIMIT
     wide = ([num_bytes, num_bytes] if large else []) + ([start] if far else [])
     extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""

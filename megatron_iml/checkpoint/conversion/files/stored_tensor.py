@@ -78,6 +78,7 @@ class StoredTensor:
             ValueError: if the bytes are not those that were written.
         """
         self.file.read_ahead(self.offset, self.num_bytes)
+        # Once a file and place: fused projections and tied heads read a tensor several times.
         if self.crc32 is not None and self.offset not in self.file.checked:
             found = zlib.crc32(self.file.view(self.offset, self.num_bytes))
             if found != self.crc32:
@@ -87,6 +88,7 @@ class StoredTensor:
                 )
             self.file.checked.add(self.offset)
         numel = self.num_bytes // self.dtype.itemsize
+        # `frombuffer` refuses to make a tensor of nothing.
         if numel == 0:
             return torch.empty(self.shape, dtype=self.dtype)
         with warnings.catch_warnings():
@@ -105,6 +107,7 @@ def read_safetensors(file: MappedFile, checksums: Mapping[str, int]) -> dict[str
         ValueError: if the header is none, or the tensors do not fill the file to its last byte.
     """
     length = int.from_bytes(file.view(0, 8), "little")
+    # Format: 8 bytes of length, a JSON header of that length, the tensors without gaps.
     begin = 8 + length
     if length > MAX_HEADER_BYTES or begin > file.size:
         raise ValueError(
@@ -118,6 +121,7 @@ def read_safetensors(file: MappedFile, checksums: Mapping[str, int]) -> dict[str
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file.path}: damaged header ({error}); copy the file again") from error
     end = begin
+    # No gap, no overlap, nothing left: a header that lies is found before any number is read.
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
         if tensor.offset != end or tensor.num_bytes != math.prod(tensor.shape) * tensor.dtype.itemsize:
             raise ValueError(

@@ -159,6 +159,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a global that the pickle names."""
         module = PYTHON_2_NAMES.get(module, module)
+        # Called with the storage's place and the tensor's shape: nothing is read yet.
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return self._archive.tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
@@ -167,11 +168,13 @@ class _Unpickler(pickle.Unpickler):
             return OrderedDict
         if (module, name) == ("torch", "Size"):
             return tuple
+        # A storage's class says its type, and nothing else of it is needed.
         if module == "torch" and name in DTYPES_OF_STORAGES:
             return DTYPES_OF_STORAGES[name]
         # A dtype, pickled by its name.
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
+        # By package: which of their classes a training run pickled depends on its options.
         if module.split(".")[0] in STUBBED_PACKAGES or (module, name) in STUBBED_NAMES:
             return Stub
         raise RefusedPickle(
@@ -196,6 +199,7 @@ class _Archive:
         self.file, self.start = file, start
         self.zip = zipfile.ZipFile(_Window(file.view(start, num_bytes)))
         names = self.zip.namelist()
+        # The folder inside the archive bears the file's first name, whatever the file is called now.
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise zipfile.BadZipFile(f"{len(pickles)} records called data.pkl")
@@ -209,10 +213,12 @@ class _Archive:
         """Stands for torch's `_rebuild_tensor_v2`."""
         info = self.zip.getinfo(f"{self.root}data/{storage.key}")
         num_bytes = storage.numel * storage.dtype.itemsize
+        # Compressed records could not be mapped; torch never compresses.
         if info.file_size != num_bytes or info.compress_type != zipfile.ZIP_STORED:
             raise zipfile.BadZipFile(
                 f"record {info.filename} holds {info.file_size} bytes, its storage has {num_bytes}"
             )
+        # Shape and strides come from the pickle: with wrong ones a view would reach beyond its record.
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         if min(shape, default=1) > 0 and last >= storage.numel:
             raise zipfile.BadZipFile(f"a tensor of shape {tuple(shape)} exceeds its record {info.filename}")
@@ -253,6 +259,7 @@ def read_archive(file: MappedFile, start: int = 0, num_bytes: int | None = None)
     length = file.size - start if num_bytes is None else num_bytes
     try:
         return _Archive(file, start, length).load()
+    # A ValueError too, and the reader must learn that it was refused, not that it is damaged.
     except RefusedPickle:
         raise
     except DAMAGE as error:

@@ -56,6 +56,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     lacking = [name for name in SHAPE_FIELDS.values() if name not in theirs]
     if lacking:
         raise ValueError(f"{path} lacks {', '.join(lacking)}: copy the model's own config.json")
+    # Before the fields below, whose messages would not say which model this is.
     projected = theirs.get("word_embed_proj_dim") not in (None, theirs["hidden_size"])
     if projected or not theirs.get("do_layer_norm_before", True):
         raise ValueError(
@@ -89,6 +90,7 @@ class HuggingFaceSource:
             for parameter in parameters(self.model).values()
             for name, shape in _shapes(parameter).items()
         }
+        # The tied head may be there or not; it is compared with the embedding when that is read.
         found = {name: tensor.shape for name, tensor in self._tensors.items() if name != HEAD}
         check_complete(str(path), expected, found)
         self._check_head()
@@ -100,6 +102,7 @@ class HuggingFaceSource:
 
     def read(self, parameter: Parameter) -> Tensor:
         """One whole tensor in our layout."""
+        # Views on the files: fusing three matrices makes the one copy.
         parts = [self._tensors[name].read() for name in parameter.hugging_face]
         head_dim = self.model.hidden_size // self.model.num_attention_heads
         full = fuse_qkv(parts, head_dim) if parameter.is_qkv else parts[0]
@@ -154,6 +157,7 @@ def _open_files(folder: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
             here = read_safetensors(MappedFile(path), checksums.get(name, {}))
         else:
             here = _state_dict(path)
+        # Both ways: a file that holds another's tensors, and one that lacks its own.
         astray = [tensor for tensor in here if index.get(tensor, name) != name]
         astray += [tensor for tensor in index if index[tensor] == name and tensor not in here]
         if astray:
@@ -175,6 +179,7 @@ def _state_dict(path: Path) -> dict[str, StoredTensor]:
 
 
 def _find_format(folder: Path) -> tuple[str, str]:
+    # safetensors first, where a folder has both: its header is checked, and nothing is unpickled.
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         if any((folder / f"{stem}{suffix}{index}").is_file() for index in ("", ".index.json")):
             return stem, suffix

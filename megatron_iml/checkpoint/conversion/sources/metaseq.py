@@ -91,8 +91,10 @@ class MetaseqSource:
         parts = [part[parameter.metaseq].read() for part in self._parts]
         if parameter.is_qkv:
             head_dim = self.model.hidden_size // self.model.num_attention_heads
+            # Part by part, before they are joined: each holds the keys, values and queries of its own heads.
             parts = [from_metaseq_qkv(part, head_dim) for part in parts]
         if parameter.cut is None:
+            # Of a tensor that is not cut every part has a copy, and all of them were trained.
             self._check_replicas(parameter.metaseq, parts)
             return parts[0]
         return parts[0] if len(parts) == 1 else torch.cat(parts, parameter.cut)
@@ -180,6 +182,7 @@ def _unflatten(shards: list[dict[str, Any]], files: list[Path]) -> dict[str, _Pi
             length = math.prod(state[place].shape) - flat[place]["padding"]
             stored.append((state[place], max(0, length)))
         numels = [int(numel) for numel in first["numels"]]
+        # Lengths without padding: what the shards hold must be what the metadata counts.
         if sum(numels) != sum(length for _, length in stored):
             raise ValueError(
                 f"{files[0].parent}: the shards of tensor {place} hold {sum(n for _, n in stored)} numbers, "
@@ -236,6 +239,7 @@ def _model(
     size = published.get((max(layers) + 1, hidden))
     told = [
         (heads, "--num-attention-heads"),
+        # Older checkpoints call it args.
         (_heads_of(saved.get("cfg", saved.get("args"))), "the file's configuration"),
         (size.num_attention_heads if size else None, "the published size of this shape"),
     ]
@@ -277,6 +281,7 @@ def _check_part(file: Path, part: Mapping[str, _Piece], model: ModelConfig, num_
         if parameter.cut is not None:
             shape[parameter.cut] //= num_parts
         expected[parameter.metaseq] = tuple(shape)
+    # Neither is a parameter: the version is a constant, and the tied head repeats the embedding.
     found = {name: piece.shape for name, piece in part.items() if name not in (VERSION, TIED_HEAD)}
     check_complete(str(file), expected, found)
     if VERSION in part and part[VERSION].read().item() < 2:

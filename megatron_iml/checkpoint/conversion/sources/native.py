@@ -53,6 +53,7 @@ class NativeSource:
         self._stored: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in self._metadata.state_dict_metadata.items()
+            # Beside them lie empty extra states of linear layers, which are objects.
             if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
         }
         expected = {
@@ -76,14 +77,17 @@ class NativeSource:
         for chunk in self._stored[native_key(parameter)].chunks:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
             if parameter.layer is not None:
+                # Layers lie along the first axis: only chunks that hold this one are read.
                 if not offsets[0] <= parameter.layer < offsets[0] + sizes[0]:
                     continue
                 part = self._chunk(native_key(parameter), chunk)[parameter.layer - offsets[0]]
                 offsets, sizes = offsets[1:], sizes[1:]
             else:
                 part = self._chunk(native_key(parameter), chunk)
+            # Saved without tensor parallelism, or converted: one chunk, and no copy.
             if sizes == parameter.shape:
                 return part
+            # Chunks cover the tensor, which was checked, so that no zero stays.
             if full is None:
                 full = torch.zeros(parameter.shape, dtype=part.dtype)
             full[tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))] = part
@@ -110,6 +114,7 @@ class NativeSource:
     def _check_sizes(self) -> None:
         """Chunks must cover each tensor exactly, and lie inside their files."""
         for key, entry in self._stored.items():
+            # Overlaps would count twice and hide a hole; megatron-core checks for them when it saves.
             covered = sum(chunk.sizes.numel() for chunk in entry.chunks)
             if covered != entry.size.numel():
                 raise ValueError(

@@ -97,6 +97,7 @@ def _shards(
             shape = (parameter.shape[0] // share, *parameter.shape[1:])
             for name in parameter.hugging_face:
                 spec = TensorSpec(dtypes[parameter.name], shape, f"model.{name}")
+                # A tensor larger than a shard gets one of its own: cutting it no reader would understand.
                 if shards[-1] and size + spec.num_bytes > max_bytes:
                     shards.append({})
                     size = 0
@@ -125,12 +126,14 @@ def _config(model: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> dict[str, 
         **{theirs: vars(model)[ours] for ours, theirs in SHAPE_FIELDS.items()},
         **REQUIRED_FIELDS,
         "word_embed_proj_dim": model.hidden_size,
+        # What transformers loads in when it is asked for `auto`.
         "torch_dtype": DTYPE_NAMES[dtypes["decoder.layers.0.mlp.linear_fc1.weight"]],
         # What further training with transformers would use.
         "dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "layerdrop": 0.0,
         "init_std": model.init_method_std,
+        # As OPT's own files have it: a prompt begins with </s>.
         "bos_token_id": EOS_ID,
         "eos_token_id": EOS_ID,
         "pad_token_id": PAD_ID,

@@ -50,6 +50,7 @@ def metaseq_target(
     def pieces(parameter: Parameter, full: Tensor) -> Iterator[Piece]:
         """Every part's own rows or columns, in metaseq's order."""
         for part in range(num_parts):
+            # Cut first: rows are in the order of heads, so a part gets whole heads, then their order changes.
             own = full if parameter.cut is None else full.chunk(num_parts, parameter.cut)[part]
             own = to_metaseq_qkv(own, head_dim) if parameter.is_qkv else own
             yield from layout.pieces(parameter, part, own.contiguous())
@@ -146,6 +147,7 @@ class _Flat:
     def shards(self, group: list[Parameter]) -> list[tuple[int, int]]:
         """First and last + 1 number of each shard's own; all but the last ones have the same length."""
         total = sum(self.numel(parameter) for parameter in group)
+        # FSDP's rule: equal lengths, rounded up, the last shards padded.
         length = -(-total // self.num_shards)
         return [
             (min(shard * length, total), min((shard + 1) * length, total)) for shard in range(self.num_shards)
@@ -162,6 +164,7 @@ class _Flat:
             raise ValueError(
                 f"--shards: flat parameters hold one type, the model has {', '.join(found)}; set --dtype"
             )
+        # Any tensor's: there is one type, as was just seen.
         dtype = dtypes[WORD_EMBEDDING]
         for part, shard in itertools.product(range(self.num_parts), range(self.num_shards)):
             state: dict[str, Any] = {}
@@ -193,6 +196,7 @@ class _Flat:
             first, last = max(low, start), min(high, start + len(flat))
             if first < last:
                 yield self.name(part, shard), key, flat[first - start : last - start]
+        # A record is filled in order, and padding is what comes last.
         if parameter == group[-1]:
             for shard, (low, high) in enumerate(ranges):
                 padding = (ranges[0][1] - ranges[0][0]) - (high - low)

@@ -64,7 +64,9 @@ def native_target(model: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> Targ
     for number, (_, group) in enumerate(groups(model)):
         file = f"weights_{number:05d}.distcp"
         plans = {one.name: torch_archive(_chunk(one, model, dtypes[one.name], entries)) for one in group}
+        # A tensor of the stack is found by its name and where in the stack it begins.
         indices = [MetadataIndex(native_key(one), _offsets(one)) for one in group]
+        # megatron-core's linear layers ask for theirs when a checkpoint is loaded, though it is None.
         for name in _extra_states(number - 1, model):
             entries[name], plans[name] = BytesStorageMetadata(), torch_archive([None])
             indices.append(MetadataIndex(name))
@@ -80,6 +82,7 @@ def native_target(model: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> Targ
         yield file_of[parameter.name], parameter.name, full
 
     precision: Any = PRECISIONS[dtypes["decoder.layers.0.mlp.linear_fc1.weight"]]
+    # The shape in full: a name of the family would fill its own numbers in again.
     config = Config(model=replace(model, size=None), training=TrainingConfig(precision=precision))
     texts = _texts(metadata)
     return Target(
@@ -135,6 +138,7 @@ def _texts(metadata: Metadata) -> dict[str, bytes]:
 
 def _mark_complete(folder: Path, config: Config, names: Iterable[str]) -> None:
     record = Record(
+        # No run: steps, rows and fingerprints belong to training, and a start from here is a fresh one.
         state=RunState(0, 0, "", ""),
         config=asdict(config),
         world_size=1,
