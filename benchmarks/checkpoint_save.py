@@ -66,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def filled_engine(config: Config, draw_on_device: bool) -> Engine:
     """Random weights."""
+    # No self-test: nothing is timed here that depends on what the model computes.
     layout = start_distributed(config)
     engine = build_engine(config, layout)
     draw_on = layout.device if draw_on_device else torch.device("cpu")
@@ -86,6 +87,7 @@ def digests(engine: Engine) -> list[tuple[int, int, int]]:
 
 def scramble(engine: Engine) -> None:
     """Make weights and state anything else, so that a load has to fill all of it."""
+    # Not zero, which fresh moments are: a load that skips some would pass.
     for chunk in engine.chunks:
         for parameter in chunk.parameters():
             parameter.data.fill_(0.5)
@@ -148,6 +150,7 @@ def save_while_training(
     """One save, and steps until it is complete."""
     reset_peak()
     before = peak_gb()
+    # Ranks start together, or the first would count its waiting for the last as part of the save.
     dist.barrier()
     began = time.perf_counter()
     said = store.save(engine, RunState(number, 0, "", ""), {})
@@ -160,6 +163,7 @@ def save_while_training(
         said = store.poll()
     whole = time.perf_counter() - began
     assert said and said[0].startswith("  saved"), said
+    # Steps slowed by the writing count here, and so does the wait before the first update.
     lost = slowest(whole - len(taken) * plain)
     return {
         "call_seconds": slowest(call),
@@ -177,6 +181,7 @@ def save_while_training(
 def load_back(engine: Engine, folder: Path, expected: list[tuple[int, int, int]]) -> dict[str, float]:
     """Verify and load over other values; seconds of both."""
     scramble(engine)
+    # From the page cache, most of it: the files have just been written.
     record = read_record(folder)
     dist.barrier()
     began = time.perf_counter()
@@ -263,6 +268,7 @@ def main() -> None:
     if arguments.gathered:
         ways["gathered"] = ReshardableOptimizer.__base__
     for way, kind in ways.items():
+        # As `build_optimizer` does it: state and attributes are the same.
         for optimizer in engine.optimizer.chained_optimizers:
             optimizer.__class__ = kind
         row = measure(engine, steps, arguments, way)

@@ -95,6 +95,7 @@ def run(case: Case, arguments: argparse.Namespace, limit_seconds: float) -> dict
         process.terminate()
         _, errors = process.communicate()
         raise RuntimeError(f"did not end within {limit_seconds:.0f} s:\n{errors[-2000:]}") from None
+    # Libraries write to the same stream.
     rows = [line for line in output.splitlines() if line.startswith("{")]
     if process.returncode or not rows:
         raise RuntimeError(f"ended with status {process.returncode}:\n{errors[-4000:]}")
@@ -107,6 +108,7 @@ def disagreements(rows: list[dict]) -> list[str]:
     lines = []
     first: dict[tuple, dict] = {}
     for row in rows:
+        # The width of OPT-175B with a few layers is a model of its own.
         reference = first.setdefault((row["size"], row["layers"]), row)
         pairs = zip(row["losses"], reference["losses"], strict=True)
         row["loss_distance"] = max(abs(ours - theirs) for ours, theirs in pairs)

@@ -80,6 +80,7 @@ def engine_of(config: Config, seed: int, draw_on_device: bool) -> Engine:
 def take_steps(engine: Engine, steps: range) -> list[float]:
     """The losses of these steps, the same rows whatever the layout."""
     per_step = rows_per_step(engine.config)
+    # Drawn anew each time: by number, so that every layout gets the same.
     rows = packed_rows(engine.config, None, steps.stop * per_step)
     return [
         train_step(engine, step_rows(rows[step * per_step : (step + 1) * per_step], engine), RATE).loss
@@ -136,8 +137,10 @@ def main() -> int:
     problems = 0
     folder = arguments.output / f"iter_{STEPS:07d}"
     for name, parallel in layouts.items():
+        # Before the next one is built: two engines may not fit the GPU.
         del engine
         leave()
+        # Another seed: what the load left out would show in the losses.
         engine = engine_of(replace(config, parallel=parallel), 2, arguments.draw_on_device)
         seconds = load(engine, folder)
         losses = take_steps(engine, range(STEPS, 2 * STEPS))

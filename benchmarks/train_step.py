@@ -49,6 +49,7 @@ def document_lengths(path: Path | None, seed: int, longest: int) -> tuple[np.nda
     else:
         prompts = rng.lognormal(4.7, 0.95, 200_000).astype(np.int64) + 1
         targets = rng.lognormal(1.6, 1.4, 200_000).astype(np.int64) + 1
+    # At least one source token stays, as in training.
     targets = np.clip(targets, 1, longest - 1)
     return np.clip(prompts, 1, longest - targets), targets
 
@@ -89,6 +90,7 @@ def step_rows(rows: list[Row], engine: Engine) -> StepRows:
     own = deal_rows(costs, layout.data_size)[layout.data_rank]
     edge = layout.is_first_stage or layout.is_last_stage
     return StepRows(
+        # Middle stages of a run read no tokens.
         rows=[rows[i] if edge else rows[i].layout for i in own],
         num_rows=len(rows),
         num_targets=sum(row.layout.num_targets for row in rows),
@@ -107,6 +109,7 @@ def time_steps(engine: Engine, steps: list[StepRows], warm_up: int) -> tuple[lis
         result = train_step(engine, rows, 1e-6)
         seconds.append(time.perf_counter() - began)
         losses.append(result.loss)
+        # Weights that were not filled, or a head that sees other rows, would not lose just this.
         if index == 0:
             expected = math.log(engine.config.model.vocab_size)
             if abs(result.loss - expected) > 0.5:
@@ -158,6 +161,7 @@ def main() -> None:
     draw_on = layout.device if arguments.draw_on_device else torch.device("cpu")
     initialise(engine.chunks, config.model, 1, layout, draw_on)
     engine.optimizer.reload_model_params()
+    # Before the clock: a layout that mixes documents has no speed.
     run_self_test(engine)
     rows = packed_rows(config, arguments.lengths, arguments.steps * rows_per_step(config))
     per_step = rows_per_step(config)

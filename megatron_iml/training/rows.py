@@ -51,6 +51,7 @@ class StepRows:
 
     def micro_batches(self, layout: Layout) -> list[Iterator[MicroBatch]]:
         """One iterator per model chunk over the same rows, moved to the device when their turn comes."""
+        # Generators: a row is on the device from its own turn on, not from the first one's.
         return [(to_device(row, layout.device) for row in self.rows) for _ in range(layout.virtual_size)]
 
 

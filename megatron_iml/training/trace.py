@@ -43,6 +43,7 @@ def run_traced(engine: Engine, row: Row) -> Trace:
     micro-batches; what is kept is the first one's."""
     layout, trace = engine.layout, Trace()
     engine.zero_gradients()
+    # An interleaved pipeline wants a multiple of its stages.
     batches = [[to_device(row, layout.device)] * layout.pipeline_size for _ in range(layout.virtual_size)]
     with _hooked(engine, trace):
         losses = engine.run([iter(chunk) for chunk in batches], layout.pipeline_size, forward_only=False)
@@ -61,6 +62,7 @@ def _hooked(engine: Engine, trace: Trace) -> Iterator[None]:
             hooks.append(table.register_forward_pre_hook(_keep_rows(trace)))
         for layer in chunk.decoder.layers:
             attention, index = layer.self_attention, layer.layer_number - 1
+            # What goes into the output projection is what attention gave, before ranks are summed.
             hooks.append(attention.linear_proj.register_forward_pre_hook(_keep_output(trace, index)))
             hooks.append(attention.linear_qkv.register_forward_hook(_keep_qkv_gradient(trace, index)))
     try:
@@ -111,6 +113,7 @@ def _keep_qkv_gradient(trace: Trace, layer: int) -> Callable[..., None]:
 
 def _slot_digests(hidden_T1F: Tensor) -> Tensor:
     """Sum of each slot's bit patterns, int64 [T]: exact in any order, and small enough to keep by layer."""
+    # As integers, so that NaN equals itself and the order of the sum does not matter.
     bits = hidden_T1F.detach().contiguous()
     bits = bits.view({2: torch.int16, 4: torch.int32}[bits.element_size()])
     return bits.view(bits.shape[0], -1).sum(1, dtype=torch.int64)

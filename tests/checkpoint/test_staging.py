@@ -1,9 +1,13 @@
 """The memory that saves are copied to, and the gate before the process that writes it."""
 
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ from helpers import CPU_ENVIRONMENT
 
 from megatron_iml.checkpoint.staging import Gate, Staging
 from megatron_iml.parallel.cpu_adapter import install_cpu_adapter
+
+FORK = multiprocessing.get_context("fork")
 
 
 class Host(Staging):
@@ -43,7 +49,7 @@ def test_what_is_on_the_host_stays_where_it_is() -> None:
 def waiting() -> Iterator[tuple[Gate, multiprocessing.process.BaseProcess]]:
     """A gate and a process behind it, which ends with 1 if it may pass and with 2 if it never will."""
     gate = Gate()
-    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(1 if gate.wait() else 2))
+    process = FORK.Process(target=lambda: sys.exit(1 if gate.wait() else 2))
     process.start()
     yield gate, process
     process.kill()
@@ -63,6 +69,27 @@ def test_a_closed_gate_never_opens(waiting: tuple[Gate, multiprocessing.process.
     gate.close()
     process.join(10)
     assert process.exitcode == 2
+
+
+def wait_behind(gate: Gate, said: Path) -> None:
+    said.with_suffix(".tmp").write_text(str(gate.wait()))
+    said.with_suffix(".tmp").rename(said)
+
+
+def run_that_is_killed(gate: Gate, said: Path) -> None:
+    gate.owner = os.getpid()
+    FORK.Process(target=wait_behind, args=(gate, said)).start()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_who_waits_for_a_run_that_was_killed_goes_on_to_its_end(tmp_path: Path) -> None:
+    """Though another process, this one, still holds the end that would open the gate."""
+    gate, said = Gate(), tmp_path / "said"
+    FORK.Process(target=run_that_is_killed, args=(gate, said)).start()
+    deadline = time.monotonic() + 20
+    while not said.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert said.read_text() == "False"
 
 
 FAILING_RUN = """

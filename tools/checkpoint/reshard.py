@@ -39,6 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def check_target(arguments: argparse.Namespace) -> None:
     """Verify every file and the layout's divisions; print what a rank would read."""
+    # Imported late: `--help` answers without torch.
     from dataclasses import replace
 
     from megatron_iml.checkpoint.record import check_files, read_record
@@ -52,6 +53,7 @@ def check_target(arguments: argparse.Namespace) -> None:
         pipeline_model_parallel_size=arguments.pipeline,
         virtual_pipeline_model_parallel_size=arguments.chunks,
     )
+    # Before the files: a layout that does not divide is found at once, damage after minutes.
     check_layout(replace(config, parallel=parallel), arguments.world_size)
     check_files(arguments.checkpoint, record.files)
     shards = arguments.tensor * arguments.pipeline
