@@ -32,8 +32,10 @@ LONG_DOCUMENTS = 500
 
 @dataclass(frozen=True)
 class TileSchedule:
-    """The tiles of the mask that hold something visible. All int32, on the device of `end`."""
+    """The tiles of the mask that hold something visible. Tensors are int32, on the device of `end`."""
 
+    columns: int
+    """Width of a key tile."""
     key_tiles_QK: Tensor
     """For each query tile the key tiles to visit, ascending, as 2 * tile + (1 if some pair is masked). The
     tiles on the diagonal come last and always; what follows them is unspecified."""
@@ -46,8 +48,6 @@ class TileSchedule:
     backward_order_W: Tensor
     """The turns of the backward: below Q the gradients of that tile's queries, from Q on of tile turn - Q's
     keys. A tile of keys has its turn after the last tile of rows that sees it, whose delta it needs."""
-    columns: int
-    """Width of a key tile."""
 
     @classmethod
     def from_end(cls, end_T: Tensor, rows: int = QUERY_TILE, columns: int = SHORT_KEY_TILE) -> "TileSchedule":
@@ -74,16 +74,16 @@ class TileSchedule:
         last_tile_Q = torch.maximum((stop_Q - 1) // rows, tile_Q)
         turns_W = torch.cat([2 * tile_Q, 2 * last_tile_Q + 1])
         return cls(
+            columns=columns,
             key_tiles_QK=(2 * order_QK + masked_QK.gather(1, order_QK)).int(),
             num_key_tiles_Q=sees_QK.sum(1).int(),
             stop_Q=stop_Q,
             common_stop_Q=ends_QR.amin(1),
             backward_order_W=torch.argsort(turns_W, stable=True).int(),
-            columns=columns,
         )
 
     def tensors(self) -> list[Tensor]:
-        """All but `columns`, in order: `TileSchedule(*schedule.tensors(), columns)` is the schedule again."""
+        """All but `columns`, in order: `TileSchedule(columns, *schedule.tensors())` is the schedule again."""
         tiles = [self.key_tiles_QK, self.num_key_tiles_Q, self.stop_Q, self.common_stop_Q]
         return [*tiles, self.backward_order_W]
 

@@ -26,7 +26,7 @@ def _attend(
     q_RD, qkv, stride_h, stride_3, end_ptr, key_tiles_ptr, num_key_tiles, first_row, tokens, scale2,
     dropout_key, keep_threshold, head, plane,
     C: tl.constexpr, FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    REPAIR: tl.constexpr,
+    REPAIR: tl.constexpr, MASK_ALL: tl.constexpr,
 ):  # fmt: skip
     """Return the unnormalised output [R, D], the sums of probabilities [R] and the largest score [R]."""
     R: tl.constexpr = q_RD.shape[0]
@@ -43,7 +43,7 @@ def _attend(
         columns_C = first_column + tl.arange(0, C)
         k_CD = load_part(qkv, stride_h, stride_3, first_column, head, 1, C, D, FLAT)
         scores_RC = tl.dot(q_RD, tl.trans(k_CD), input_precision=PRECISION)
-        if entry & 1:
+        if MASK_ALL | ((entry & 1) != 0):
             sees_RC = visible(rows_R, columns_C, end_ptr, tokens)
             scores_RC = tl.where(sees_RC, scores_RC, float("-inf"))
         new_largest_R = tl.maximum(largest_R, tl.max(scores_RC, axis=1) * scale2)
@@ -72,6 +72,7 @@ def _forward_tile(
     tile, head, heads,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, REPAIR: tl.constexpr,
+    MASK_ALL: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of the output and its lse2."""
     first_row = tile * R
@@ -81,7 +82,7 @@ def _forward_tile(
     q_RD = load_part(qkv_queries, stride_h, stride_3, first_row, head, 0, R, D, FLAT)
     out_RD, sum_R, largest_R = _attend(
         q_RD, qkv_keys, stride_h, stride_3, end_ptr, key_tiles_ptr, num_key_tiles, first_row, tokens, scale2,
-        dropout_key, keep_threshold, head, first_head + head, C, FLAT, DROPOUT, PRECISION, REPAIR,
+        dropout_key, keep_threshold, head, first_head + head, C, FLAT, DROPOUT, PRECISION, REPAIR, MASK_ALL,
     )  # fmt: skip
     blind_R = sum_R == 0.0
     sum_R = tl.where(blind_R, 1.0, sum_R)
@@ -106,14 +107,14 @@ def _forward(
     dropout_key_ptr,  # int64 []
     stride_h, stride_3, key_tiles_stride, tokens, scale2, keep_threshold, keep_scale, first_head,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
-    FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASK_ALL: tl.constexpr,
 ):  # fmt: skip
     # Heads vary fastest, then neighbouring tiles: what they share is then still in the cache.
     head, tile, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     _forward_tile(
         qkv_queries, qkv_keys, out_ptr, lse2_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr, dropout_key_ptr,
         stride_h, stride_3, key_tiles_stride, tokens, scale2, keep_threshold, keep_scale, first_head,
-        tile, head, heads, R, C, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, False,
+        tile, head, heads, R, C, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, False, MASK_ALL,
     )  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def _repair_forward(
     stride_h, stride_3, key_tiles_stride, tokens, scale2, keep_threshold, keep_scale, first_head,
     heads,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, FLAT: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SPAN: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASK_ALL: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Compute those of SPAN tiles of a head once more that hold a NaN. Arguments as of `_forward`."""
     head = tl.program_id(0)
@@ -137,7 +138,7 @@ def _repair_forward(
                     qkv_queries, qkv_keys, out_ptr, lse2_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr,
                     dropout_key_ptr, stride_h, stride_3, key_tiles_stride, tokens, scale2, keep_threshold,
                     keep_scale, first_head, tile, head, heads,
-                    R, C, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, True,
+                    R, C, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, True, MASK_ALL,
                 )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def _attention(
     from .launch import Problem, launch_forward
 
     numbers = (softmax_scale, dropout_probability, first_head)
-    return launch_forward(Problem(qkv, end, TileSchedule(*schedule, key_tile), dropout_key, *numbers))
+    return launch_forward(Problem(qkv, end, TileSchedule(key_tile, *schedule), dropout_key, *numbers))
 
 
 @library.custom_op("megatron_iml::document_attention_backward", mutates_args=())
@@ -47,7 +47,7 @@ def _attention_backward(
     from .launch import Problem, launch_backward
 
     numbers = (softmax_scale, dropout_probability, first_head)
-    problem = Problem(qkv, end, TileSchedule(*schedule, key_tile), dropout_key, *numbers)
+    problem = Problem(qkv, end, TileSchedule(key_tile, *schedule), dropout_key, *numbers)
     return launch_backward(problem, out, lse2, grad.contiguous())
 
 

@@ -30,6 +30,8 @@ class Adam(torch.optim.Optimizer):
         self.param_groups = groups
         for group in self.param_groups:
             group.update(betas=betas, eps=eps, step=0)
+        self.gradient_factor = 1.0
+        """What the next update multiplies gradients by."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -42,6 +44,10 @@ class Adam(torch.optim.Optimizer):
             if not params:
                 continue
             self._create_state(params)
+            # torch's kernel divides.
+            divisor = (
+                None if self.gradient_factor == 1.0 else params[0].new_full((), 1.0 / self.gradient_factor)
+            )
             adamw(
                 params,
                 [param.grad for param in params],
@@ -51,6 +57,7 @@ class Adam(torch.optim.Optimizer):
                 # torch's kernel wants one counter per tensor, on the tensors' device.
                 state_steps=list(params[0].new_full((len(params),), updates_before).unbind()),
                 fused=True,
+                grad_scale=divisor,
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],

@@ -31,7 +31,7 @@ from megatron_iml.model.transformer_config import PRECISIONS
 
 from .adam import Adam
 from .boxes import boxes_of_range
-from .multi_tensor import offer_multi_tensor_kernels
+from .multi_tensor import offer_l2_norm
 
 STATE_PREFIX = "optimizer.state."
 """What the names of optimizer state begin with in a checkpoint; then `param.`, `exp_avg.` or `exp_avg_sq.`"""
@@ -152,7 +152,7 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) 
         use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    offer_multi_tensor_kernels()
+    offer_l2_norm()
     chained = get_megatron_optimizer(engine_config, list(wrapped), use_gloo_process_groups=False)
     assert isinstance(chained, ChainedOptimizer), (
         f"megatron-core built a {type(chained).__name__}, not a chain"
@@ -165,6 +165,16 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) 
         optimizer.__class__ = ReshardableOptimizer
     connect_schedule(wrapped, chained, config)
     return chained
+
+
+def clip(optimizer: ChainedOptimizer, grad_norm: float, max_norm: float) -> None:
+    """Have the coming update scale its gradients so that their norm is `max_norm` at most; 0 leaves them.
+
+    Adam does it on its way, where megatron-core reads and writes every gradient once more.
+    """
+    factor = min(max_norm / (grad_norm + 1e-6), 1.0) if max_norm > 0.0 else 1.0
+    for distributed in optimizer.chained_optimizers:
+        distributed.optimizer.gradient_factor = factor
 
 
 def connect_schedule(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .engine import Engine
+from .optimizer import clip
 from .reports import RankReport, check_reports, exchange
 from .rows import StepRows
 
@@ -49,32 +50,48 @@ def train_step(
     """
     engine.zero_gradients()
     losses = engine.run(rows.micro_batches(engine.layout), len(rows.rows), forward_only=False)
-    # Before the update: weights that saw wrong rows are not worth saving.
+    optimizer = engine.optimizer
+    # Before anything waits for the device: the host's part of this hides behind the backward.
+    overflowed = optimizer.prepare_grads()
+    grad_norm = math.nan if overflowed else float(optimizer.get_grad_norm())
+    # Before the update: weights that saw wrong rows are not worth saving, nor those made of NaN.
     reports = share(engine, losses, rows, stop_requested)
-    for group in engine.optimizer.param_groups:
+    loss = mean_loss(reports)
+    # fp16 skips a step that overflows and goes on with a lower scale.
+    if not overflowed:
+        require_finite(loss, grad_norm, engine.config.training.output_directory)
+    for group in optimizer.param_groups:
         group["lr"] = learning_rate
     if before_update is not None:
         before_update()
-    updated, grad_norm, _ = engine.optimizer.step()
-    loss = mean_loss(reports)
-    # fp16 skips a step that overflows and goes on with a lower scale; an update made of NaN is the end.
-    if updated and not math.isfinite(loss + float(grad_norm)):
-        raise FloatingPointError(
-            f"loss {loss} with gradient norm {grad_norm}: the run has diverged. The same command would go on "
-            f"from the newest checkpoint: remove those in {engine.config.training.output_directory}"
-            "/checkpoints from after the losses went wrong, and lower optimizer.learning_rate"
-        )
+    if not overflowed:
+        clip(optimizer, grad_norm, engine.config.optimizer.clip_grad)
+        optimizer.step_with_ready_grads()
     # Elsewhere it is 1, but on the device: reading it would wait for the whole update.
     scaled = engine.config.training.precision == "fp16"
     return StepResult(
         loss=loss,
         num_targets=rows.num_targets,
-        grad_norm=float(grad_norm) if grad_norm is not None else float("nan"),
-        loss_scale=float(engine.optimizer.get_loss_scale()) if scaled else 1.0,
-        skipped=not updated,
+        grad_norm=grad_norm,
+        loss_scale=float(optimizer.get_loss_scale()) if scaled else 1.0,
+        skipped=overflowed,
         stop=any(report.stop for report in reports),
         reports=reports,
     )
+
+
+def require_finite(loss: float, grad_norm: float, output_directory: str) -> None:
+    """End a run that has diverged before its weights do.
+
+    Raises:
+        FloatingPointError: the loss or the gradient's norm is NaN or infinite.
+    """
+    if not math.isfinite(loss + grad_norm):
+        raise FloatingPointError(
+            f"loss {loss} with gradient norm {grad_norm}: the run has diverged. The same command would go on "
+            f"from the newest checkpoint: remove those in {output_directory}/checkpoints from after the "
+            "losses went wrong, and lower optimizer.learning_rate"
+        )
 
 
 def share(

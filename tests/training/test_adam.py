@@ -122,3 +122,17 @@ def test_state_exists_before_the_first_step() -> None:
     assert len(state) == 3
     for entry in state.values():
         assert entry["exp_avg"].abs().max() == entry["exp_avg_sq"].abs().max() == entry["step"] == 0
+
+
+def test_the_factor_is_on_the_gradients() -> None:
+    ours, theirs = parameters(), parameters()
+    adam, plain = Adam(groups(ours), BETAS, EPS), Adam(groups(theirs), BETAS, EPS)
+    # A power of two, so that scaling rounds nothing; eps keeps Adam from being blind to it.
+    adam.gradient_factor = 0.25
+    for step in range(5):
+        for param, other, gradient in zip(ours, theirs, gradients(step), strict=True):
+            param.grad, other.grad = gradient.clone(), 0.25 * gradient
+        adam.step()
+        plain.step()
+        for param, other in zip(ours, theirs, strict=True):
+            assert torch.equal(param, other), f"step {step}"

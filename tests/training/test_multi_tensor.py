@@ -1,4 +1,4 @@
-"""The grouped norm and scaling against arithmetic by hand, and that megatron-core clips with them."""
+"""The grouped norm against arithmetic by hand, and that megatron-core takes it."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from megatron.core import utils
 from megatron.core.optimizer import clip_grads
 
-from megatron_iml.training.multi_tensor import l2_norm, offer_multi_tensor_kernels, scale
+from megatron_iml.training.multi_tensor import l2_norm, offer_l2_norm
 
 FLAG = torch.zeros(1, dtype=torch.int)
 
@@ -17,31 +17,18 @@ def test_the_norm_is_over_all_tensors() -> None:
     assert (norm.tolist(), norm.dtype, per_tensor) == ([13.0], torch.float32, None)
 
 
-def test_scaling_is_in_place() -> None:
-    tensors = [torch.tensor([1.0, -2.0]), torch.tensor(5.0)]
-    scale(1, FLAG, [tensors, tensors], 0.5)
-    assert [tensor.tolist() for tensor in tensors] == [[0.5, -1.0], 2.5]
-
-
-def test_scaling_into_other_tensors_is_refused() -> None:
-    with pytest.raises(AssertionError, match="other tensors"):
-        scale(1, FLAG, [[torch.ones(2)], [torch.ones(2)]], 0.5)
-
-
-def test_megatron_core_clips_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_megatron_core_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
-    monkeypatch.setattr(clip_grads, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
-    offer_multi_tensor_kernels()
-    assert (clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl) == (l2_norm, scale)
+    offer_l2_norm()
+    assert clip_grads.l2_norm_impl is l2_norm
 
 
 def test_apex_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     def apex() -> None: ...
 
     monkeypatch.setattr(clip_grads, "l2_norm_impl", apex)
-    monkeypatch.setattr(clip_grads, "multi_tensor_scale_impl", apex)
-    offer_multi_tensor_kernels()
-    assert (clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl) == (apex, apex)
+    offer_l2_norm()
+    assert clip_grads.l2_norm_impl is apex
 
 
 def test_the_norm_agrees_with_megatron_cores_own() -> None:
