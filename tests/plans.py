@@ -31,7 +31,9 @@ class MemoryLoader:
             row_targets=np.array([row.layout.num_targets for row in assembled], dtype=np.uint32),
             row_pairs=np.array(pairs, dtype=np.uint64),
         )
+        branches = max((sum(piece.trunk >= 0 for piece in row) for row in self.pieces), default=0)
         origin = {"corpus_fingerprint": "", "row_length": row_length, "max_positions": row_length}
+        origin["branches"] = branches
         manifest = {"fingerprint": "memory", "origin": origin, "num_rows": len(rows), "ledger": {}}
         self.plan = Plan(Path(), manifest, arrays)
 

@@ -80,6 +80,19 @@ def overlapped_gather_has_what_it_needs(config: Config, world_size: int) -> str 
     )
 
 
+def flash_attention_is_asked_what_it_computes(config: Config, world_size: int) -> str | None:
+    """flash-attn has kernels for 16-bit types, and dropout masks that no seed and coordinates give again."""
+    dropout, precision = config.model.attention_dropout, config.training.precision
+    if config.model.attention_backend != "flash" or (dropout == 0.0 and precision != "fp32"):
+        return None
+    return problem(
+        "model.attention_backend",
+        f"flash with model.attention_dropout {dropout} and training.precision {precision}",
+        "flash only with attention dropout 0 in bf16 or fp16",
+        "set model.attention_dropout=0, or use another attention backend",
+    )
+
+
 def batch_is_whole_rows(config: Config, world_size: int) -> str | None:
     """A step is the same number of rows on every data-parallel rank."""
     positions, row = config.training.global_batch_positions, config.data.row_length
@@ -213,6 +226,7 @@ def best_level_is_measured(config: Config, world_size: int) -> str | None:
 TRAINING_RULES: tuple[Rule, ...] = (
     recompute_fits_chunk,
     overlapped_gather_has_what_it_needs,
+    flash_attention_is_asked_what_it_computes,
     batch_is_whole_rows,
     interleaving_divides_micro_batches,
     weights_have_one_start,

@@ -46,6 +46,9 @@ class ModelConfig:
     kernel_backend: Literal["triton", "reference"] = "triton"
     """Implementation of attention, norms and loss: Triton on GPUs, plain torch anywhere; never replaced
     silently."""
+    attention_backend: Literal["triton", "reference", "flash"] | None = None
+    """Another implementation of attention alone. flash: flash-attn's varlen functions, where installed;
+    for training without attention dropout and on plans without shared prefixes."""
     inference_prefix: Literal["none", "eos"] = "none"
     """Token before a prompt in evaluation: none for models tuned here (trained without), eos for base OPT."""
 

@@ -132,6 +132,11 @@ def _inference_config(config: Config) -> Config:
             f"parallel.pipeline_model_parallel_size: got {parallel.pipeline_model_parallel_size}; allowed: 1 "
             "in evaluation; set it to 1 and raise parallel.tensor_model_parallel_size: any checkpoint loads"
         )
+    if config.model.attention_backend == "flash":
+        raise ValueError(
+            "model.attention_backend: got flash; allowed: triton or reference in evaluation, where "
+            "candidates share the prefix of their prompt; set model.attention_backend=null"
+        )
     # Sequence parallelism, recompute and overlaps belong to training and change no score.
     ours = ParallelConfig(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

@@ -22,7 +22,7 @@ def build_model(config: Config, layout: Layout) -> list[OPTModel]:
         attention=model.attention_dropout,
         embedding=model.embedding_dropout,
     )
-    ops = choose_ops(model.kernel_backend, layout.device)
+    ops = choose_ops(model.kernel_backend, model.attention_backend, layout.device)
     offer_weight_gradient()
     transformer_config = build_transformer_config(config, layout.device)
     chunks = []

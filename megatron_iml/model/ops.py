@@ -1,22 +1,29 @@
 """The operations of `kernels/` that OPT is made of, by Triton or by their plain references.
 
-What enters: `model.kernel_backend`. What leaves: an `Ops`, six functions of one signature each whichever
-backend stands behind them, so that the model has one path. The choice is explicit and nothing falls back:
-`triton` without a GPU is an error.
+What enters: `model.kernel_backend`, and `model.attention_backend` where attention is to come from elsewhere.
+What leaves: an `Ops`, six functions of one signature each whichever backend stands behind them, so that the
+model has one path. The choice is explicit and nothing falls back: `triton` without a GPU is an error, and so
+is `flash` without flash-attn.
 
-    ops = choose_ops("reference") out_TND = ops.document_attention(qkv_TN3D, bounds, softmax_scale,
-    dropout_probability, dropout_key, first_head)
+    ops = choose_ops("triton", "flash", device)
+    out_TND = ops.document_attention(qkv_TN3D, bounds, softmax_scale, dropout_probability, dropout_key,
+                                     first_head)
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_iml.kernels.bias_relu import relu_gradient, relu_gradient_reference
-from megatron_iml.kernels.document_attention import document_attention, document_attention_reference
+from megatron_iml.kernels.document_attention import (
+    document_attention,
+    document_attention_reference,
+    flash_attention,
+    load_varlen,
+)
 from megatron_iml.kernels.layer_norm import (
     add_layer_norm,
     add_layer_norm_reference,
@@ -72,21 +79,31 @@ SHAPES = Ops(
 """Right shapes and no arithmetic: for tensors that have no values (`training/dry_run.py`)."""
 
 
-def choose_ops(backend: str, device: torch.device) -> Ops:
-    """The operations of a backend; on meta tensors only their shapes.
+def choose_ops(kernels: str, attention: str | None, device: torch.device) -> Ops:
+    """The operations of the backends; on meta tensors only their shapes.
+
+    Args:
+        kernels, attention: `model.kernel_backend` and `model.attention_backend`.
 
     Raises:
-        ValueError: if the backend cannot run on the device.
+        ValueError: if a backend cannot run on the device, or is not installed.
     """
-    if backend == "triton" and device.type == "cpu":
-        raise ValueError(
-            f"model.kernel_backend: got triton on {device.type}; allowed there: reference; set "
-            "model.kernel_backend=reference, or run on a GPU"
-        )
+    for key, backend in (("kernel_backend", kernels), ("attention_backend", attention)):
+        if backend in ("triton", "flash") and device.type == "cpu":
+            raise ValueError(
+                f"model.{key}: got {backend} on {device.type}; allowed there: reference; set "
+                f"model.{key}=reference, or run on a GPU"
+            )
     if device.type == "meta":
         return SHAPES
-    # A table, not a default: another name has been refused by the config.
-    return {"reference": REFERENCE, "triton": TRITON}[backend]
+    # Tables, not defaults: other names have been refused by the config.
+    ops = {"reference": REFERENCE, "triton": TRITON}[kernels]
+    if attention is None:
+        return ops
+    if attention == "flash":
+        return replace(ops, document_attention=flash_attention(load_varlen()))
+    theirs = {"reference": document_attention_reference, "triton": document_attention}[attention]
+    return replace(ops, document_attention=theirs)
 
 
 def offer_weight_gradient() -> None:

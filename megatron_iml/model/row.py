@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_iml.data.rows.assemble import Row
 from megatron_iml.data.rows.layout import RowLayout
-from megatron_iml.kernels.document_attention import DocumentBounds
+from megatron_iml.kernels.document_attention import DocumentBounds, RowBounds
 
 from .cache import KeyValueCache
 
@@ -65,10 +65,9 @@ def to_device(source: Row | RowLayout, device: torch.device) -> MicroBatch:
     layout = source.layout if isinstance(source, Row) else source
     row = source if isinstance(source, Row) else None
     # int32 as the attention kernels read it.
-    end_T = _send(np.ascontiguousarray(layout.end_T, dtype=np.int32), device)
-    pairs = int((layout.end_T - np.arange(len(layout.end_T))).sum())
+    end_T = torch.from_numpy(np.ascontiguousarray(layout.end_T, dtype=np.int32))
     return MicroBatch(
-        context=RowContext(row=layout.index, bounds=DocumentBounds.from_end(end_T, pairs)),
+        context=RowContext(row=layout.index, bounds=RowBounds.from_host(end_T, device)),
         positions_T=_index(layout.positions_T, device),
         tokens_T=_index(row.tokens_T, device) if row else None,
         target_rows_M=_index(row.target_rows_M, device) if row else None,

@@ -65,7 +65,8 @@ def prepare(config: Config, layout: Layout) -> Run:
     directory = Path(config.training.output_directory)
     train_loader, validation_loaders = on_every_rank(lambda: _open_data(config))
     plan = train_loader.plan
-    on_every_rank(lambda: choose_ops(config.model.kernel_backend, layout.device))
+    model = config.model
+    on_every_rank(lambda: choose_ops(model.kernel_backend, model.attention_backend, layout.device))
     # Before the model: it says whether this is a new run, and whether it may be one.
     store = CheckpointStore(directory / "checkpoints", config.checkpoint)
     newest = newest_checkpoint(store.directory)
@@ -113,6 +114,11 @@ def open_loader(corpus_folder: Path, plan_folder: Path, config: Config) -> Loade
             f"plan {plan_folder} holds documents of up to {plan.max_positions} positions, "
             f"model.max_position_embeddings is {config.model.max_position_embeddings}: build the plan with "
             f"--max-positions {config.model.max_position_embeddings}"
+        )
+    if plan.shares_prefixes and config.model.attention_backend == "flash":
+        raise ValueError(
+            f"model.attention_backend: got flash with plan {plan_folder}, whose documents share prefixes; "
+            "allowed: triton or reference; change it, or build the plan without --share-prefixes"
         )
     # An id beyond the table is an illegal access on a GPU, far from its cause.
     if corpus.padded_vocab_size != config.model.vocab_size:

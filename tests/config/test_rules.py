@@ -71,6 +71,7 @@ RECOMPUTE = ("parallel.recompute_granularity=full", "parallel.recompute_method="
         (2, ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")),
         (1, ("model.initialisation=null", "checkpoint.initial_weights=weights")),
         (1, ("data.validation_corpus=c", "data.validation_plans={fully_held_out: p}")),
+        (1, ("model.attention_backend=flash", "model.attention_dropout=0")),
         (1, ("model.max_position_embeddings=32",)),  # rows may be longer than a document,
         (1, ("model.max_position_embeddings=128",)),  # or shorter
         (1, ("optimizer.warmup_steps=10", "optimizer.warmup_steps=0")),
@@ -148,6 +149,12 @@ CASES = {
         ("parallel.overlap_param_gather=true",),
         "parallel.overlap_param_gather: got true with overlap_grad_reduce false; allowed: true only if "
         "overlap_grad_reduce is true; set parallel.overlap_grad_reduce=true or ",
+    ),
+    "flash_attention_is_asked_what_it_computes": (
+        1,
+        ("model.attention_backend=flash",),
+        "model.attention_backend: got flash with model.attention_dropout 0.1 and training.precision bf16; "
+        "allowed: flash only with attention dropout 0 in bf16 or fp16; set model.attention_dropout=0, or ",
     ),
     "batch_is_whole_rows": (
         3,

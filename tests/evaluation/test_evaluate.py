@@ -214,6 +214,7 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
         (["evaluation.tokenizer=absent"], "error: absent holds no tokenizer"),
         (["evaluation.tokenizer=null"], "error: evaluation.tokenizer: got none; allowed: a folder"),
         (["model.vocab_size=256"], "error: model.vocab_size: got 256; allowed: at least the tokenizer's 260"),
+        (["model.attention_backend=flash"], "error: model.attention_backend: got flash; allowed: triton or"),
         (["parallel.pipeline_model_parallel_size=2"], "error: parallel.pipeline_model_parallel_size: got 2"),
         (["parallel.tensor_model_parallel_size=4"], "error: world size: got 1; allowed: a multiple of"),
         (["model.initialisation=null"], "error: --checkpoint start: got neither"),

@@ -1,8 +1,12 @@
 """Masks are functions of global coordinates: slices agree with the whole, places and rows do not."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from megatron_iml.kernels.document_attention import document_attention
 from megatron_iml.kernels.philox import PLACES, dropout_key
 from megatron_iml.model.dropout import EMBEDDING_LAYER, DropoutPlan, key_of
 from megatron_iml.model.ops import REFERENCE, choose_ops
@@ -56,4 +60,13 @@ def test_a_plan_without_probabilities_draws_nothing() -> None:
 
 def test_triton_without_a_gpu_is_refused_and_not_replaced() -> None:
     with pytest.raises(ValueError, match=r"got triton on cpu; allowed there: reference"):
-        choose_ops("triton", torch.device("cpu"))
+        choose_ops("triton", None, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"attention_backend: got flash on cpu; allowed there: reference"):
+        choose_ops("reference", "flash", torch.device("cpu"))
+
+
+def test_attention_can_come_from_elsewhere() -> None:
+    # Not torch.device: the CPU adapter, once another test has installed it, turns this one into cpu.
+    gpu = SimpleNamespace(type="cuda")
+    assert choose_ops("reference", None, gpu) == choose_ops("reference", "reference", gpu) == REFERENCE
+    assert choose_ops("reference", "triton", gpu) == replace(REFERENCE, document_attention=document_attention)

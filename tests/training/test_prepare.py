@@ -9,7 +9,8 @@ from helpers import tiny_config
 
 from megatron_iml.checkpoint.record import Record, RunState, StoredFile, write_record
 from megatron_iml.config import Config
-from megatron_iml.training.prepare import _check_start
+from megatron_iml.training import prepare
+from megatron_iml.training.prepare import _check_start, open_loader
 
 # 2 rows a step, 4 steps: 8 rows, of which the checkpoint has seen 6.
 STATE = RunState(3, 6, "abc", "corpus")
@@ -77,3 +78,19 @@ def test_no_such_weights(tmp_path: Path) -> None:
     )
     with pytest.raises(FileNotFoundError, match="no such folder"):
         _check_start(config, None, SimpleNamespace(fingerprint="abc", num_rows=8))
+
+
+@pytest.mark.parametrize(("backend", "branches"), [("flash", True), ("flash", False), ("triton", True)])
+def test_a_plan_with_shared_prefixes_needs_attention_that_knows_them(
+    backend: str, branches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(tiny_config(attention_backend=backend), data=config_of().data)
+    plan = SimpleNamespace(row_length=64, max_positions=8, shares_prefixes=branches, corpus_fingerprint="c")
+    corpus = SimpleNamespace(padded_vocab_size=config.model.vocab_size, fingerprint="c")
+    monkeypatch.setattr(prepare.Plan, "open", lambda folder: plan)
+    monkeypatch.setattr(prepare.Corpus, "open", lambda folder: corpus)
+    if backend == "flash" and branches:
+        with pytest.raises(ValueError, match="got flash with plan p, whose documents share prefixes;"):
+            open_loader(Path("c"), Path("p"), config)
+    else:
+        assert open_loader(Path("c"), Path("p"), config).plan is plan

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import runs
 import torch
+from kernel_cases import torch_varlen
 from torch import Tensor
 
 from megatron_iml.data.rows.assemble import assemble_row
-from megatron_iml.kernels.document_attention import DocumentBounds, document_attention_reference
+from megatron_iml.kernels.document_attention import (
+    DocumentBounds,
+    document_attention_reference,
+    flash_attention,
+)
 from megatron_iml.model import build, layer, opt
 from megatron_iml.model.ops import REFERENCE
 from megatron_iml.training.self_test import BRANCHES, TRUNK, run_self_test, sample_documents
@@ -22,7 +27,7 @@ Attention = Callable[..., Tensor]
 def attend_with(attention: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
     """Build models with this attention."""
     ops = dataclasses.replace(REFERENCE, document_attention=attention)
-    monkeypatch.setattr(build, "choose_ops", lambda backend, device: ops)
+    monkeypatch.setattr(build, "choose_ops", lambda *unused: ops)
 
 
 def with_bounds(change: Callable[[Tensor], Tensor]) -> Attention:
@@ -169,6 +174,27 @@ def test_losses_that_are_not_numbers_are_caught(monkeypatch: pytest.MonkeyPatch)
 
     attend_with(one_bad_slot, monkeypatch)
     with runs.alone(runs.run_config()) as engine, pytest.raises(RuntimeError, match=r"documents \[0"):
+        run_self_test(engine)
+
+
+def test_flash_attention_is_tested_on_plain_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend_with(flash_attention(torch_varlen), monkeypatch)
+    config = runs.run_config(attention_backend="flash", attention_dropout=0.0)
+    with runs.alone(config) as engine:
+        run_self_test(engine)
+    # Its varlen function must not be spared the question whether documents mix.
+    monkeypatch.undo()
+    attend_with(with_bounds(lambda end: torch.full_like(end, len(end))), monkeypatch)
+    with runs.alone(config) as engine, pytest.raises(RuntimeError, match="lets documents see one another"):
+        run_self_test(engine)
+
+
+def test_flash_attention_refuses_shared_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend_with(flash_attention(torch_varlen), monkeypatch)
+    with (
+        runs.alone(runs.run_config(attention_dropout=0.0)) as engine,
+        pytest.raises(ValueError, match="documents share a prefix"),
+    ):
         run_self_test(engine)
 
 

@@ -73,6 +73,7 @@ class Plan:
         self.corpus_fingerprint: str = manifest["origin"]["corpus_fingerprint"]
         self.row_length: int = manifest["origin"]["row_length"]
         self.max_positions: int = manifest["origin"]["max_positions"]
+        self.shares_prefixes: bool = manifest["origin"]["branches"] > 0
         self.num_rows: int = manifest["num_rows"]
         self.ledger: dict[str, dict[str, Any]] = manifest["ledger"]
         self.slots_R = arrays.row_slots
