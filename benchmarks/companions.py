@@ -44,7 +44,7 @@ from megatron_iml.kernels.testing import Op, assert_op_within_budget
 from megatron_iml.kernels.weight_gradient import accumulate_weight_gradient
 
 SLOTS = 16384
-WIDTHS = (2048, 4096, 8192)
+WIDTHS = (2048, 4096, 8192, 12288)
 LOSS_WIDTHS = (2048, 4096)
 VOCABULARY = 50272
 TARGET_SHARE = 0.086

@@ -1,6 +1,7 @@
 """What the launch of every Triton kernel here asks first: where do the tensors live, how wide is the chip.
 
-    require_kernel_device("layer_norm", x)     ValueError for a CPU tensor, unless TRITON_INTERPRET=1
+    require_kernel_dtype("layer_norm", x)      ValueError for fp64 and integers
+    require_kernel_device("layer_norm", x)     ValueError for a CPU tensor too, unless TRITON_INTERPRET=1
     num_multiprocessors(x.device)              132 on an H100
 
 Triton itself is imported only here and in the kernel modules, which an op imports when it is first called:
@@ -26,6 +27,16 @@ def require_kernel_device(op: str, tensor: Tensor) -> None:
             f"{op}: got a tensor on {tensor.device}; the kernel needs cuda, or any device under "
             f"TRITON_INTERPRET=1. Elsewhere call {op}_reference"
         )
+    require_kernel_dtype(op, tensor)
+
+
+def require_kernel_dtype(op: str, tensor: Tensor) -> None:
+    """Refuse a tensor of a type that no kernel here reads; unlike the device, a question that torch.compile
+    can look into.
+
+    Raises:
+        ValueError: a type other than KERNEL_DTYPES.
+    """
     if tensor.dtype not in KERNEL_DTYPES:
         allowed = ", ".join(str(dtype) for dtype in KERNEL_DTYPES)
         raise ValueError(f"{op}: got {tensor.dtype}; allowed: {allowed}. Call {op}_reference for others")

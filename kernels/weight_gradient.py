@@ -13,6 +13,8 @@ Shapes: T tokens, O output features, F input features.
 import torch
 from torch import Tensor
 
+from .opaque import opaque
+
 
 def accumulate_weight_gradient(main_grad_OF: Tensor, grad_output_TO: Tensor, input_TF: Tensor) -> None:
     """main_grad += grad_output^T @ input, in place, products and sums in fp32.
@@ -30,6 +32,10 @@ def accumulate_weight_gradient(main_grad_OF: Tensor, grad_output_TO: Tensor, inp
             f"accumulate_weight_gradient: main_grad is {main_grad_OF.dtype}, must be torch.float32; "
             "keep gradients in fp32 (grad_reduce_in_fp32)"
         )
+    _accumulate(main_grad_OF, grad_output_TO, input_TF)
+
+
+def _weight_gradient(main_grad_OF: Tensor, grad_output_TO: Tensor, input_TF: Tensor) -> None:
     grad_output_OT = grad_output_TO.t()
     if input_TF.dtype == torch.float32:
         main_grad_OF.addmm_(grad_output_OT, input_TF)
@@ -38,6 +44,9 @@ def accumulate_weight_gradient(main_grad_OF: Tensor, grad_output_TO: Tensor, inp
     else:
         # torch has no mixed-precision GEMM on the CPU.
         main_grad_OF.addmm_(grad_output_OT.float(), input_TF.float())
+
+
+_accumulate = opaque(_weight_gradient, lambda *unused: None, mutates=("main_grad_OF",))
 
 
 def accumulate_weight_gradient_reference(

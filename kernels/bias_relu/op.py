@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import require, require_kernel_device
+from ..launch import require, require_kernel_device, require_kernel_dtype
+from ..opaque import opaque
 
 
 def bias_relu(x_TF: Tensor, bias_F: Tensor) -> Tensor:
@@ -22,7 +23,7 @@ def bias_relu(x_TF: Tensor, bias_F: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, types or devices that do not go together.
     """
-    require_kernel_device("bias_relu", x_TF)
+    require_kernel_dtype("bias_relu", x_TF)
     require("bias_relu", "x", x_TF, tuple(x_TF.shape), x_TF.dtype, x_TF.device)
     require("bias_relu", "bias", bias_F, (x_TF.shape[-1],), x_TF.dtype, x_TF.device)
     return _BiasReLU.apply(x_TF, bias_F)
@@ -38,19 +39,38 @@ def relu_gradient(y_TF: Tensor, bias_F: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, types or devices that do not go together.
     """
-    require_kernel_device("relu_gradient", y_TF)
+    require_kernel_dtype("relu_gradient", y_TF)
     require("relu_gradient", "y", y_TF, tuple(y_TF.shape), y_TF.dtype, y_TF.device)
     require("relu_gradient", "bias", bias_F, (y_TF.shape[-1],), y_TF.dtype, y_TF.device)
     return _ReLUGradient.apply(y_TF, bias_F)
+
+
+def _bias_relu_forward(x_TF: Tensor, bias_F: Tensor) -> Tensor:
+    # Asked here, not where the op is called: torch.compile cannot look into Triton.
+    require_kernel_device("bias_relu", x_TF)
+    from .kernel import run_forward
+
+    return run_forward(x_TF, bias_F)
+
+
+def _bias_relu_backward(d_y_TF: Tensor, y_TF: Tensor) -> tuple[Tensor, Tensor]:
+    require_kernel_device("bias_relu", y_TF)
+    from .kernel import run_backward
+
+    return run_backward(d_y_TF, y_TF)
+
+
+_forward = opaque(_bias_relu_forward, lambda x_TF, bias_F: torch.empty_like(x_TF))
+_backward = opaque(
+    _bias_relu_backward, lambda d_y_TF, y_TF: (torch.empty_like(y_TF), y_TF.new_empty(y_TF.shape[1]))
+)
 
 
 class _BiasReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TF: Tensor, bias_F: Tensor) -> Tensor:
         """The output is all that the backward needs."""
-        from .kernel import run_forward
-
-        y_TF = run_forward(x_TF.view(-1, x_TF.shape[-1]), bias_F).view(x_TF.shape)
+        y_TF = _forward(x_TF.view(-1, x_TF.shape[-1]), bias_F).view(x_TF.shape)
         ctx.save_for_backward(y_TF)
         return y_TF
 
@@ -76,9 +96,7 @@ class _ReLUGradient(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, d_y_TF: Tensor) -> tuple[Tensor, Tensor]:
-    from .kernel import run_backward
-
     (y_TF,) = ctx.saved_tensors
     features = y_TF.shape[-1]
-    d_x_TF, d_bias_F = run_backward(d_y_TF.contiguous().view(-1, features), y_TF.view(-1, features))
+    d_x_TF, d_bias_F = _backward(d_y_TF.contiguous().view(-1, features), y_TF.view(-1, features))
     return d_x_TF.view(y_TF.shape), d_bias_F

@@ -9,6 +9,10 @@ With xhat = (new_residual - mean) * rstd and g = d_y * weight, per row over F fe
 A fixed number of programs walks over the rows; each keeps its three column sums in registers (fp32) and
 writes them once, [program, sum, feature]; `column_sum` adds the programs up. Without dropout d_x is d_sum
 itself and is not written twice; without the norm d_sum is what came in.
+
+Three sums of a row of more than 8,192 features do not fit the registers of a program, so such rows are cut
+into parts of the columns. A program owns one part, and of the others it reads what the two means need;
+programs of the same rows run at the same time, so what one has fetched the others find in the L2 cache.
 """
 
 import torch
@@ -20,6 +24,38 @@ from ..column_sum import column_sum
 from ..launch import num_multiprocessors
 from ..philox_triton import keep_tile
 from .forward import Dropout
+
+
+@triton.constexpr_function
+def _width(num_features, num_parts):
+    """Columns of a part: whole 16-byte loads, and whole groups of four of a dropout mask."""
+    return num_features if num_parts == 1 else triton.cdiv(triton.cdiv(num_features, num_parts), 8) * 8
+
+
+@triton.jit
+def _part_columns(part, NUM_FEATURES: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """First column of a part, its columns [BLOCK], and which of these it has."""
+    lanes = tl.arange(0, BLOCK)
+    if PARTS == 1:
+        return 0, lanes, lanes < NUM_FEATURES
+    WIDTH: tl.constexpr = _width(NUM_FEATURES, PARTS)
+    columns = part * WIDTH + lanes
+    return part * WIDTH, columns, (lanes < WIDTH) & (columns < NUM_FEATURES)
+
+
+@triton.jit
+def _part_sums(
+    d_y_ptr, normed_ptr, weight_ptr, mean, rstd, rows, in_rows, part,
+    NUM_FEATURES: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of g and of g * xhat over the columns of a part that is not the program's own, each [ROWS]."""
+    _, columns, in_features = _part_columns(part, NUM_FEATURES, PARTS, BLOCK)
+    mask = in_rows[:, None] & in_features[None, :]
+    offsets = rows.to(tl.int64)[:, None] * NUM_FEATURES + columns[None, :]
+    weight = tl.load(weight_ptr + columns, mask=in_features, other=0.0).to(tl.float32)
+    g = tl.load(d_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * weight[None, :]
+    normed = tl.load(normed_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(g, axis=1), tl.sum(g * ((normed - mean[:, None]) * rstd[:, None]), axis=1)
 
 
 @triton.jit(do_not_specialize=["first_slot", "threshold"])
@@ -43,9 +79,10 @@ def _backward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    columns = tl.arange(0, BLOCK)
-    in_features = columns < NUM_FEATURES
+    part = tl.program_id(1) if PARTS > 1 else 0
+    first_column, columns, in_features = _part_columns(part, NUM_FEATURES, PARTS, BLOCK)
     d_weight = tl.zeros([BLOCK], tl.float32)
     d_bias = tl.zeros([BLOCK], tl.float32)
     d_x_bias = tl.zeros([BLOCK], tl.float32)
@@ -69,12 +106,20 @@ def _backward(
             d_weight += tl.sum(d_y * xhat, axis=0)
             d_bias += tl.sum(d_y, axis=0)
             g = d_y * weight[None, :]
-            mean_g = tl.sum(g, axis=1) * (1.0 / NUM_FEATURES)
-            mean_gx = tl.sum(g * xhat, axis=1) * (1.0 / NUM_FEATURES)
+            sum_g, sum_gx = tl.sum(g, axis=1), tl.sum(g * xhat, axis=1)
+            for step in tl.static_range(1, PARTS):
+                other_g, other_gx = _part_sums(
+                    d_y_ptr, normed_ptr, weight_ptr, mean, rstd, rows, rows < num_rows,
+                    (part + step) % PARTS, NUM_FEATURES, PARTS, BLOCK,
+                )  # fmt: skip
+                sum_g += other_g
+                sum_gx += other_gx
+            mean_g = sum_g * (1.0 / NUM_FEATURES)
+            mean_gx = sum_gx * (1.0 / NUM_FEATURES)
             d_sum += rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None])
             tl.store(d_sum_ptr + offsets, d_sum.to(d_sum_ptr.dtype.element_ty), mask=mask)
         if key_ptr is not None:
-            keep = keep_tile(tl.load(key_ptr), threshold, first_slot + rows, 0, 0, BLOCK)
+            keep = keep_tile(tl.load(key_ptr), threshold, first_slot + rows, first_column, 0, BLOCK)
             d_sum = tl.where(keep, d_sum * scale, 0.0)
             tl.store(d_x_ptr + offsets, d_sum.to(d_x_ptr.dtype.element_ty), mask=mask)
         if BIAS:
@@ -90,16 +135,23 @@ def _backward(
         tl.store(out_ptr, d_x_bias, mask=in_features)
 
 
-def backward_tile(num_features: int, element_size: int) -> tuple[int, int, int, int]:
-    """Rows per step, warps, programs per multiprocessor, steps loaded ahead; measured on an H100.
+Tile = tuple[int, int, int, int, int]
+"""Rows per step, warps, programs per multiprocessor, steps loaded ahead, parts of a row."""
+
+
+def backward_tile(num_features: int, element_size: int) -> Tile:
+    """The sizes for a width: measured on an H100 up to 8,192 features, beyond only compiled for it.
 
     More warps than a row feeds with 16-byte loads would share columns and have to exchange their sums at
-    every step. Rows are loaded ahead while three stages of three tensors fit shared memory.
+    every step. Rows are loaded ahead while three stages of three tensors fit shared memory. Parts of 4,096
+    columns take 230 registers, none spilled, where an uncut row of 12,288 spills 432 bytes a thread.
     """
+    if num_features > 8192:
+        return 1, 8, 1, 3 if element_size == 2 else 2, triton.cdiv(num_features, 4096)
     block = triton.next_power_of_2(num_features)
     row_bytes = block * element_size
     num_warps = min(max(block // 256, 1), 8)
-    return max(1, min(16384 // row_bytes, 4)), num_warps, 8 // num_warps, 3 if row_bytes <= 16384 else 1
+    return max(1, min(16384 // row_bytes, 4)), num_warps, 8 // num_warps, 3 if row_bytes <= 16384 else 1, 1
 
 
 def run_backward(
@@ -108,8 +160,8 @@ def run_backward(
     normed: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     has_bias: bool,
     dropout: Dropout | None,
-    tile: tuple[int, int, int, int],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    tile: Tile,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launch the backward.
 
     Args:
@@ -119,8 +171,8 @@ def run_backward(
         tile: see `backward_tile`.
 
     Returns:
-        d_residual, d_x (the same tensor without dropout), and the column sums [F]: d_weight and d_bias if
-        normed, then d_x_bias if has_bias.
+        d_residual, d_x (the same tensor without dropout), and the column sums [K, F]: d_weight and d_bias if
+        normed, then d_x_bias if has_bias; None if neither.
     """
     like_TF = d_y_TF if d_y_TF is not None else d_new_residual_TF
     assert like_TF is not None, "neither y nor new_residual has a gradient"
@@ -129,18 +181,18 @@ def run_backward(
     d_sum_TF = torch.empty_like(like_TF) if normed is not None else like_TF
     d_x_TF = torch.empty_like(like_TF) if dropout is not None else d_sum_TF
     num_sums = (2 if normed is not None else 0) + has_bias
-    rows_per_step, num_warps, programs_per_multiprocessor, num_stages = tile
+    rows_per_step, num_warps, programs_per_multiprocessor, num_stages, num_parts = tile
     num_programs = max(
         1,
         min(
             triton.cdiv(num_rows, rows_per_step),
-            programs_per_multiprocessor * num_multiprocessors(like_TF.device),
+            programs_per_multiprocessor * num_multiprocessors(like_TF.device) // num_parts,
         ),
     )
     partials_PKF = torch.empty(
         num_programs, num_sums, num_features, dtype=torch.float32, device=like_TF.device
     )
-    _backward[(num_programs,)](
+    _backward[(num_programs, num_parts)](
         d_y_TF,
         normed_TF,
         mean_T,
@@ -158,11 +210,11 @@ def run_backward(
         BIAS=has_bias,
         NUM_FEATURES=num_features,
         ROWS=rows_per_step,
-        BLOCK=max(4, triton.next_power_of_2(num_features)),
+        BLOCK=max(4, triton.next_power_of_2(_width(num_features, num_parts))),
         STAGES=num_stages,
+        PARTS=num_parts,
         num_warps=num_warps,
         # g - mean(g) cancels only if both see the same g: no product may hide unrounded in a sum.
         enable_fp_fusion=False,
     )
-    sums = list(column_sum(partials_PKF, like_TF.dtype)) if num_sums else []
-    return d_sum_TF, d_x_TF, sums
+    return d_sum_TF, d_x_TF, column_sum(partials_PKF, like_TF.dtype) if num_sums else None

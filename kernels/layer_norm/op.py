@@ -6,7 +6,8 @@
 
 A pre-norm layer needs the sum twice: normalised, and as the next residual; `add_layer_norm` makes both in one
 pass over memory. Kept for the backward: the sum, which the next layer holds anyway, and mean and rstd of each
-row; `bias_dropout_add` keeps nothing. Masks are drawn again from the key.
+row; `bias_dropout_add` keeps nothing. Masks are drawn again from the key. All run under torch.compile: the
+launches are operators of torch (`opaque.py`), the rest it traces.
 
 Shapes: T slots (any leading dimensions), F features.
 """
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import require, require_kernel_device
+from ..launch import require, require_kernel_device, require_kernel_dtype
+from ..opaque import opaque
 
 MAX_FEATURES = 16384
 """A row has to fit the registers of one program."""
@@ -97,7 +99,7 @@ def bias_dropout_add(
 
 
 def _check(op: str, x_TF: Tensor, matrices: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
-    require_kernel_device(op, x_TF)
+    require_kernel_dtype(op, x_TF)
     features = x_TF.shape[-1]
     if not 1 <= features <= MAX_FEATURES:
         raise ValueError(f"{op}: got {features} features; allowed: 1 to {MAX_FEATURES}. Use {op}_reference")
@@ -116,6 +118,80 @@ def _check_dropout(op: str, probability: float, key: Tensor | None, device: torc
                 f"{op}: dropout_probability is {probability} without a dropout_key; pass a tensor"
             )
         require(op, "dropout_key", key, (), torch.int64, device)
+
+
+def _layer_norm_forward(
+    x_TF: Tensor, x_bias_F: Tensor | None, residual_TF: Tensor | None, weight_F: Tensor | None,
+    bias_F: Tensor | None, eps: float, probability: float, key: Tensor | None, first_slot: int,
+) -> list[Tensor]:  # fmt: skip
+    """Of [rows, features]: the new residual if anything is added, then y, mean and rstd if normed."""
+    # Asked here, not where the op is called: torch.compile cannot look into Triton.
+    require_kernel_device("layer_norm", x_TF)
+    from .forward import Dropout, forward_tile, run_forward
+
+    results = run_forward(
+        x_TF,
+        x_bias_F,
+        residual_TF,
+        (weight_F, bias_F, eps) if weight_F is not None and bias_F is not None else None,
+        Dropout(probability, key, first_slot) if key is not None else None,
+        forward_tile(x_TF.shape[1]),
+    )
+    return [tensor for tensor in results if tensor is not None]
+
+
+def _fake_forward(
+    x_TF: Tensor, x_bias_F: Tensor | None, residual_TF: Tensor | None, weight_F: Tensor | None,
+    bias_F: Tensor | None, eps: float, probability: float, key: Tensor | None, first_slot: int,
+) -> list[Tensor]:  # fmt: skip
+    adds = x_bias_F is not None or residual_TF is not None or key is not None
+    results = [torch.empty_like(x_TF)] if adds else []
+    if weight_F is not None:
+        statistic = x_TF.new_empty(x_TF.shape[0], dtype=torch.float32)
+        results += [torch.empty_like(x_TF), statistic, torch.empty_like(statistic)]
+    return results
+
+
+def _layer_norm_backward(
+    d_y_TF: Tensor | None, d_new_residual_TF: Tensor | None, normed_TF: Tensor | None, mean_T: Tensor | None,
+    rstd_T: Tensor | None, weight_F: Tensor | None, has_bias: bool, probability: float, key: Tensor | None,
+    first_slot: int,
+) -> list[Tensor]:  # fmt: skip
+    """Of [rows, features]: the gradient of the sum if normed, that of x if dropped, column sums if any."""
+    from .backward import backward_tile, run_backward
+    from .forward import Dropout
+
+    like_TF = d_y_TF if d_y_TF is not None else d_new_residual_TF
+    assert like_TF is not None, "neither y nor new_residual has a gradient"
+    is_normed = normed_TF is not None and mean_T is not None and rstd_T is not None and weight_F is not None
+    d_sum_TF, d_x_TF, sums_KF = run_backward(
+        d_y_TF,
+        d_new_residual_TF,
+        (normed_TF, mean_T, rstd_T, weight_F) if is_normed else None,  # type: ignore[arg-type]
+        has_bias,
+        Dropout(probability, key, first_slot) if key is not None else None,
+        backward_tile(like_TF.shape[1], like_TF.element_size()),
+    )
+    # What is only passed on is not returned: an operator's results are memory of their own.
+    results = [d_sum_TF if is_normed else None, d_x_TF if key is not None else None, sums_KF]
+    return [tensor for tensor in results if tensor is not None]
+
+
+def _fake_backward(
+    d_y_TF: Tensor | None, d_new_residual_TF: Tensor | None, normed_TF: Tensor | None, mean_T: Tensor | None,
+    rstd_T: Tensor | None, weight_F: Tensor | None, has_bias: bool, probability: float, key: Tensor | None,
+    first_slot: int,
+) -> list[Tensor]:  # fmt: skip
+    like_TF = d_y_TF if d_y_TF is not None else d_new_residual_TF
+    assert like_TF is not None, "neither y nor new_residual has a gradient"
+    num_matrices = (normed_TF is not None) + (key is not None)
+    num_sums = (2 if normed_TF is not None else 0) + has_bias
+    matrices = [torch.empty_like(like_TF) for _ in range(num_matrices)]
+    return matrices + ([like_TF.new_empty(num_sums, like_TF.shape[1])] if num_sums else [])
+
+
+_forward = opaque(_layer_norm_forward, _fake_forward)
+_backward = opaque(_layer_norm_backward, _fake_backward)
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -140,26 +216,21 @@ class _AddLayerNorm(torch.autograd.Function):
         first_slot: int,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(the norm, the new residual); keeps the normed input and its statistics, never a dropout mask."""
-        from .forward import Dropout, forward_tile, run_forward
-
-        features = x_TF.shape[-1]
-        rows_TF = x_TF.view(-1, features)
-        dropout = Dropout(probability, key, first_slot) if key is not None and probability > 0.0 else None
-        new_residual_TF, y_TF, mean_T, rstd_T = run_forward(
-            rows_TF,
-            x_bias_F,
-            _rows(residual_TF),
-            (weight_F, bias_F, eps) if weight_F is not None and bias_F is not None else None,
-            dropout,
-            forward_tile(features),
+        # A mask of nothing dropped is not drawn.
+        key = key if probability > 0.0 else None
+        adds = x_bias_F is not None or residual_TF is not None or key is not None
+        rows_TF = x_TF.view(-1, x_TF.shape[-1])
+        results = _forward(
+            rows_TF, x_bias_F, _rows(residual_TF), weight_F, bias_F, eps, probability, key, first_slot
         )
-        if y_TF is not None:
-            normed_TF = new_residual_TF if new_residual_TF is not None else rows_TF
-            ctx.save_for_backward(key, normed_TF, mean_T, rstd_T, weight_F)
+        new_residual_TF = results[0] if adds else None
+        y_TF = None
+        if weight_F is not None:
+            y_TF, mean_T, rstd_T = results[-3:]
+            ctx.save_for_backward(key, results[0] if adds else rows_TF, mean_T, rstd_T, weight_F)
         else:
             ctx.save_for_backward(key)
-        ctx.dropout_numbers = (probability, first_slot) if dropout is not None else None
-        ctx.has_bias = x_bias_F is not None
+        ctx.probability, ctx.first_slot, ctx.has_bias = probability, first_slot, x_bias_F is not None
         return (
             y_TF.view(x_TF.shape) if y_TF is not None else None,
             new_residual_TF.view(x_TF.shape) if new_residual_TF is not None else None,
@@ -169,30 +240,22 @@ class _AddLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor | None, d_new_residual: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients in the order of `forward`'s arguments; the dropout mask is drawn again from its key."""
-        from .backward import backward_tile, run_backward
-        from .forward import Dropout
-
         key, *normed = ctx.saved_tensors
         like = d_y if d_y is not None else d_new_residual
         assert like is not None, "autograd gives an output that is not used a gradient of zeros"
-        dropout = None
-        if ctx.dropout_numbers is not None:
-            probability, first_slot = ctx.dropout_numbers
-            dropout = Dropout(probability, key, first_slot)
-        d_residual_TF, d_x_TF, sums = run_backward(
-            _rows(d_y),
-            _rows(d_new_residual),
-            tuple(normed) if normed else None,
-            ctx.has_bias,
-            dropout,
-            backward_tile(like.shape[-1], like.element_size()),
+        d_y_TF, d_new_residual_TF = _rows(d_y), _rows(d_new_residual)
+        has_bias = ctx.has_bias
+        results = _backward(
+            d_y_TF, d_new_residual_TF, *(normed or [None] * 4), has_bias, ctx.probability, key, ctx.first_slot
         )
-        d_weight_F, d_bias_F = sums[:2] if normed else (None, None)
+        d_sum_TF = results[0] if normed else d_new_residual_TF
+        d_x_TF = results[1 if normed else 0] if key is not None else d_sum_TF
+        assert d_sum_TF is not None and d_x_TF is not None, "something is added, so the sum has a gradient"
+        sums = list(results[-1]) if normed or has_bias else []
         return (
             d_x_TF.view(like.shape),
-            sums[-1] if ctx.has_bias else None,
-            d_residual_TF.view(like.shape) if ctx.needs_input_grad[2] else None,
-            d_weight_F,
-            d_bias_F,
+            sums[-1] if has_bias else None,
+            d_sum_TF.view(like.shape) if ctx.needs_input_grad[2] else None,
+            *(sums[:2] if normed else (None, None)),
             *(None,) * 4,
         )

@@ -16,6 +16,9 @@ With `weight_grad_VF` the caller promises that: the buffer has received loss_sca
 returns, whether a backward follows or not. Everything else is right for any upstream gradient: the backward
 multiplies by upstream / loss_scale, on the device.
 
+Under torch.compile a chunk is a few operators (`opaque.py`) that write to buffers they are given; the
+reductions between them are traced.
+
 Shapes: T slots, M targets, m targets of one chunk, F features, V rows of the vocabulary here.
 """
 
@@ -26,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import require, require_kernel_device
+from ..launch import require, require_kernel_device, require_kernel_dtype
+from ..opaque import opaque
 from ..weight_gradient import accumulate_weight_gradient
 from .reference import Reduce
 
@@ -40,8 +44,6 @@ class _Options:
     vocab_start: int
     group_max: Reduce | None
     group_sum: Reduce | None
-    loss_scale: Tensor | None
-    weight_grad_VF: Tensor | None
     chunk: int
     grad_enabled: bool
 
@@ -81,10 +83,10 @@ def target_loss(
         ValueError: shapes, types or devices that do not go together; a chunk below 1.
     """
     _check(hidden_TF, weight_VF, target_rows_M, target_ids_M, weight_grad_VF, chunk)
-    options = _Options(
-        vocab_start, group_max, group_sum, loss_scale, weight_grad_VF, chunk, torch.is_grad_enabled()
+    options = _Options(vocab_start, group_max, group_sum, chunk, torch.is_grad_enabled())
+    return _TargetLoss.apply(
+        hidden_TF, weight_VF, target_rows_M, target_ids_M, loss_scale, weight_grad_VF, options
     )
-    return _TargetLoss.apply(hidden_TF, weight_VF, target_rows_M, target_ids_M, options)
 
 
 def _check(
@@ -96,7 +98,7 @@ def _check(
     chunk: int,
 ) -> None:
     op, device = "target_loss", hidden_TF.device
-    require_kernel_device(op, hidden_TF)
+    require_kernel_dtype(op, hidden_TF)
     if hidden_TF.dim() != 2 or weight_VF.dim() != 2:
         raise ValueError(
             f"{op}: hidden is {tuple(hidden_TF.shape)}, weight {tuple(weight_VF.shape)}; they must be "
@@ -120,23 +122,62 @@ def _chunks(num_targets: int, chunk: int) -> list[slice]:
     return [slice(first, min(first + size, num_targets)) for first in range(0, num_targets, size)]
 
 
-def _statistics(logits_mV: Tensor, ids_m: Tensor, options: _Options, wants_gradient: bool) -> Tensor:
-    """Maximum, sum and target logit of the whole vocabulary, [3, m]. Logits become their gradient."""
-    from .kernel import run_fused, run_gradient, run_statistics
+def _target_statistics(
+    logits_mV: Tensor, hidden_mF: Tensor, weight_VF: Tensor, ids_m: Tensor, scale: Tensor | None,
+    vocab_start: int, wants_gradient: bool,
+) -> Tensor:  # fmt: skip
+    """Fill in the logits; their maximum, sum and target logit, [3, m]. They become their gradient if that is
+    wanted."""
+    # Asked here, not where the op is called: torch.compile cannot look into Triton.
+    require_kernel_device("target_loss", hidden_mF)
+    from .kernel import run_fused, run_statistics
 
-    scale, start = options.loss_scale, options.vocab_start
-    if options.group_max is None and options.group_sum is None and wants_gradient:
-        return run_fused(logits_mV, ids_m, scale, start)
-    statistics = run_statistics(logits_mV, ids_m, start)
+    torch.mm(hidden_mF, weight_VF.t(), out=logits_mV)
+    if wants_gradient:
+        return run_fused(logits_mV, ids_m, scale, vocab_start)
+    return run_statistics(logits_mV, ids_m, vocab_start)
+
+
+def _target_gradient(
+    logits_mV: Tensor, ids_m: Tensor, statistics: Tensor, scale: Tensor | None, vocab_start: int
+) -> None:
+    """Logits become their gradient, by statistics of the whole vocabulary."""
+    from .kernel import run_gradient
+
+    run_gradient(logits_mV, ids_m, statistics, scale, vocab_start)
+
+
+def _target_hidden_gradient(d_hidden_mF: Tensor, logits_mV: Tensor, weight_VF: Tensor) -> None:
+    torch.mm(logits_mV, weight_VF, out=d_hidden_mF)
+
+
+def _target_scatter(source_MF: Tensor, target_rows_M: Tensor, factor: Tensor, num_slots: int) -> Tensor:
+    from .kernel import run_scatter
+
+    return run_scatter(source_MF, target_rows_M, factor, num_slots)
+
+
+_fill_statistics = opaque(
+    _target_statistics,
+    lambda logits_mV, *unused: logits_mV.new_empty(3, logits_mV.shape[0], dtype=torch.float32),
+    mutates=("logits_mV",),
+)
+_to_gradient = opaque(_target_gradient, lambda *unused: None, mutates=("logits_mV",))
+_hidden_gradient = opaque(_target_hidden_gradient, lambda *unused: None, mutates=("d_hidden_mF",))
+_scatter = opaque(
+    _target_scatter,
+    lambda source_MF, rows, factor, num_slots: source_MF.new_empty(num_slots, source_MF.shape[1]),
+)
+
+
+def _reduce(statistics: Tensor, options: _Options) -> None:
+    """Make statistics of this rank's vocabulary those of the whole."""
     if options.group_max is not None:
         local_maximum = statistics[0].clone()
         options.group_max(statistics[0])
         statistics[1] *= torch.exp(local_maximum - statistics[0])
     if options.group_sum is not None:
         options.group_sum(statistics[1:])
-    if wants_gradient:
-        run_gradient(logits_mV, ids_m, statistics, scale, start)
-    return statistics
 
 
 class _TargetLoss(torch.autograd.Function):
@@ -147,6 +188,8 @@ class _TargetLoss(torch.autograd.Function):
         weight_VF: Tensor,
         target_rows_M: Tensor,
         target_ids_M: Tensor,
+        loss_scale: Tensor | None,
+        weight_grad_VF: Tensor | None,
         options: _Options,
     ) -> tuple[Tensor, Tensor]:
         """(sum of the losses, losses of the targets); makes the gradients too, chunk by chunk."""
@@ -154,11 +197,11 @@ class _TargetLoss(torch.autograd.Function):
         num_targets, (num_vocab, features) = target_rows_M.numel(), weight_VF.shape
         losses_M = torch.empty(num_targets, dtype=torch.float32, device=hidden_TF.device)
         d_hidden_MF = hidden_TF.new_empty(num_targets, features) if wants_hidden else None
-        weight_grad_VF = own_grad_VF = None
-        if wants_weight:
-            weight_grad_VF = options.weight_grad_VF
-            if weight_grad_VF is None:
-                weight_grad_VF = own_grad_VF = torch.zeros_like(weight_VF, dtype=torch.float32)
+        own_grad_VF = None
+        if wants_weight and weight_grad_VF is None:
+            weight_grad_VF = own_grad_VF = torch.zeros_like(weight_VF, dtype=torch.float32)
+        wants_gradient = wants_hidden or wants_weight
+        is_whole = options.group_max is None and options.group_sum is None
         parts = _chunks(num_targets, options.chunk)
         # Rows of 16 bytes: the GEMMs are fast only on aligned rows, and V / ranks may be odd.
         stride = -(-num_vocab // 8) * 8
@@ -167,15 +210,27 @@ class _TargetLoss(torch.autograd.Function):
             hidden_mF = hidden_TF.index_select(0, target_rows_M[part])
             ids_m = target_ids_M[part]
             logits_mV = buffer_CV[: ids_m.numel()]
-            torch.mm(hidden_mF, weight_VF.t(), out=logits_mV)
-            statistics = _statistics(logits_mV, ids_m, options, wants_hidden or wants_weight)
+            # On one rank the row's gradient follows at once, while it is in the cache.
+            statistics = _fill_statistics(
+                logits_mV,
+                hidden_mF,
+                weight_VF,
+                ids_m,
+                loss_scale,
+                options.vocab_start,
+                is_whole and wants_gradient,
+            )
+            if not is_whole:
+                _reduce(statistics, options)
+                if wants_gradient:
+                    _to_gradient(logits_mV, ids_m, statistics, loss_scale, options.vocab_start)
             losses_M[part] = statistics[0] + torch.log(statistics[1]) - statistics[2]
             if d_hidden_MF is not None:
-                torch.mm(logits_mV, weight_VF, out=d_hidden_MF[part])
-            if weight_grad_VF is not None:
+                _hidden_gradient(d_hidden_MF[part], logits_mV, weight_VF)
+            if wants_weight and weight_grad_VF is not None:
                 accumulate_weight_gradient(weight_grad_VF, logits_mV, hidden_mF)
-        ctx.save_for_backward(target_rows_M, d_hidden_MF, own_grad_VF)
-        ctx.loss_scale, ctx.num_slots, ctx.weight_dtype = options.loss_scale, len(hidden_TF), weight_VF.dtype
+        ctx.save_for_backward(target_rows_M, d_hidden_MF, own_grad_VF, loss_scale)
+        ctx.num_slots, ctx.weight_dtype = len(hidden_TF), weight_VF.dtype
         ctx.mark_non_differentiable(losses_M)
         return losses_M.sum(), losses_M
 
@@ -183,14 +238,12 @@ class _TargetLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Scale what the forward has made and put the rows of targets back into the row of slots."""
-        from .kernel import run_scatter
-
-        target_rows_M, d_hidden_MF, own_grad_VF = ctx.saved_tensors
+        target_rows_M, d_hidden_MF, own_grad_VF, loss_scale = ctx.saved_tensors
         # 1 if the contract above is kept; a division on the device either way.
-        factor = d_loss if ctx.loss_scale is None else d_loss / ctx.loss_scale
+        factor = d_loss if loss_scale is None else d_loss / loss_scale
         d_hidden_TF = d_weight_VF = None
         if d_hidden_MF is not None:
-            d_hidden_TF = run_scatter(d_hidden_MF, target_rows_M, factor, ctx.num_slots)
+            d_hidden_TF = _scatter(d_hidden_MF, target_rows_M, factor, ctx.num_slots)
         if own_grad_VF is not None:
             d_weight_VF = (own_grad_VF * factor).to(ctx.weight_dtype)
-        return d_hidden_TF, d_weight_VF, None, None, None
+        return d_hidden_TF, d_weight_VF, *(None,) * 5

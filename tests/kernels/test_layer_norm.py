@@ -21,10 +21,12 @@ from megatron_iml.kernels.testing import assert_op_within_budget, run_op
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-# One element, fewer features than a Philox group, a power of two, odd sizes, the width of OPT-125M.
-SHAPES = [(1, 1), (3, 3), (4, 64), (7, 131), (2, 768)]
+# One element, fewer features than a Philox group, a power of two, odd sizes, the width of OPT-125M, and rows
+# that the backward cuts into parts, the last of them shorter.
+SHAPES = [(1, 1), (3, 3), (4, 64), (7, 131), (2, 768), (3, 8203)]
 # The widths of real models, more rows than programs, the widest row.
-GPU_SHAPES = [(1, 2048), (515, 2048), (1031, 4096), (33, 7168), (300, 12288), (5, 16384), (40000, 130)]
+GPU_SHAPES = [(1, 2048), (515, 2048), (1031, 4096), (33, 7168), (300, 9216), (300, 12288), (5, 16384)]
+GPU_SHAPES += [(40000, 130)]
 SHAPES += [pytest.param(*shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
 EPS = 1e-5
 KEY = dropout_key(1234, row=7, layer=3, place="attention_output")
