@@ -1,4 +1,4 @@
-"""`document_attention`, the operation: checks, custom-op registration and autograd around the Triton kernels.
+"""`document_attention`, the operation: checks, registration and autograd around the Triton kernels.
 
     out_THD = document_attention(qkv_T1C.view(-1, heads, 3, head_dim), DocumentBounds.from_end(end_T),
                                  softmax_scale=head_dim**-0.5)
@@ -15,17 +15,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..launch import require_kernel_device
+from ..opaque import opaque
 from ..philox import key_tensor
 from .bounds import DocumentBounds, TileSchedule
 
 LARGEST_HEAD_DIM = 128
 
 
-@library.custom_op("megatron_iml::document_attention", mutates_args=())
-def _attention(
+def _document_attention_forward(
     qkv: Tensor, end: Tensor, schedule: Sequence[Tensor], dropout_key: Tensor, softmax_scale: float,
     dropout_probability: float, first_head: int, key_tile: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -38,11 +39,9 @@ def _attention(
     return launch_forward(Problem(qkv, end, TileSchedule(key_tile, *schedule), dropout_key, *numbers))
 
 
-@library.custom_op("megatron_iml::document_attention_backward", mutates_args=())
-def _attention_backward(
+def _document_attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse2: Tensor, end: Tensor, schedule: Sequence[Tensor],
-    dropout_key: Tensor, softmax_scale: float, dropout_probability: float, first_head: int,
-    key_tile: int,
+    dropout_key: Tensor, softmax_scale: float, dropout_probability: float, first_head: int, key_tile: int,
 ) -> Tensor:  # fmt: skip
     from .launch import Problem, launch_backward
 
@@ -51,30 +50,38 @@ def _attention_backward(
     return launch_backward(problem, out, lse2, grad.contiguous())
 
 
-@_attention.register_fake
-def _(qkv: Tensor, *unused: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(qkv: Tensor, *unused: Any) -> tuple[Tensor, Tensor]:
     tokens, heads, _, head_dim = qkv.shape
     return qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(heads, tokens, dtype=torch.float32)
 
 
-@_attention_backward.register_fake
-def _(grad: Tensor, qkv: Tensor, *unused: Any) -> Tensor:
+def _fake_backward(grad: Tensor, qkv: Tensor, *unused: Any) -> Tensor:
     return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, end, schedule, dropout_key, *ctx.numbers = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(qkv, *output, end, dropout_key, *schedule)
+_forward = opaque(_document_attention_forward, _fake_forward)
+_backward = opaque(_document_attention_backward, _fake_backward)
 
 
-def _differentiate(ctx: Any, grad: Tensor, unused_lse2: Tensor | None) -> tuple[Any, ...]:
-    qkv, out, lse2, end, dropout_key, *schedule = ctx.saved_tensors
-    d_qkv = _attention_backward(grad, qkv, out, lse2, end, schedule, dropout_key, *ctx.numbers)
-    return d_qkv, None, [None] * len(schedule), *[None] * 5
+class _DocumentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, numbers: tuple[float, float, int, int], end: Tensor, dropout_key: Tensor,
+        *schedule: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Keeps what the backward recomputes probabilities from; those themselves are nowhere."""
+        out, lse2 = _forward(qkv, end, schedule, dropout_key, *numbers)
+        ctx.numbers = numbers
+        ctx.save_for_backward(qkv, out, lse2, end, dropout_key, *schedule)
+        return out
 
-
-_attention.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of the fused projection, in one piece."""
+        qkv, out, lse2, end, dropout_key, *schedule = ctx.saved_tensors
+        d_qkv = _backward(grad, qkv, out, lse2, end, schedule, dropout_key, *ctx.numbers)
+        return (d_qkv, None, None, None, *[None] * len(schedule))
 
 
 def document_attention(
@@ -109,8 +116,7 @@ def document_attention(
     if isinstance(dropout_key, int):
         dropout_key = key_tensor(dropout_key, qkv_TH3D.device)
     numbers = (softmax_scale, dropout_probability, first_head, bounds.schedule.columns)
-    out_THD, _ = _attention(qkv_TH3D, bounds.end_T, bounds.schedule.tensors(), dropout_key, *numbers)
-    return out_THD
+    return _DocumentAttention.apply(qkv_TH3D, numbers, bounds.end_T, dropout_key, *bounds.schedule.tensors())
 
 
 def _require(qkv: Tensor, bounds: DocumentBounds, scale: float, probability: float) -> None:
