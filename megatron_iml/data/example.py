@@ -37,7 +37,8 @@ class Example:
     """What `source` begins with where the instruction is the task's and not the instance's: demonstrations
     stand between it and the rest. Empty: they stand before the whole source."""
     instance: str = ""
-    """Prompts of one instance share it and so go to one split; empty means the id."""
+    """Prompts of one instance share it and so go to one split, as do questions whose sources hold one
+    another's answers; empty means the id."""
 
 
 @dataclass(frozen=True, slots=True)

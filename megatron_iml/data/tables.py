@@ -10,6 +10,7 @@ Official files called .json are often JSON Lines (AQuA, CREAK); the first charac
 """
 
 import csv
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_iml.data.text_files import json_lines, json_value, source_files, t
 Row = tuple[int, dict[str, Any]]
 # Cells of 100,000 characters hold whole tables and articles; csv's own limit is 131,072.
 LONGEST_CELL = 1 << 24
+ROW_NUMBERS = frozenset({"id", "idx", "guid", "uid"})
 
 
 def table_rows(path: Path) -> Iterator[Row]:
@@ -36,6 +38,16 @@ def table_rows(path: Path) -> Iterator[Row]:
 def table_files(folder: Path, pattern: str, drops: Drops) -> list[Path]:
     """Tables of `folder` whose path without suffix matches the glob `pattern`; empty files are left out."""
     return [path for path in source_files(folder, f"{pattern}.*", drops) if path.suffix in KINDS]
+
+
+def row_key(row: Mapping[str, Any]) -> str:
+    """What a row says, so that its copies are known: two templates may make two prompts of them.
+
+    Numbers that a data set gives its rows say nothing.
+    """
+    content = {name: value for name, value in row.items() if name not in ROW_NUMBERS}
+    # Parquet also holds dates and bytes, which JSON has not.
+    return json.dumps(content, sort_keys=True, default=str)
 
 
 def separated_lines(path: Path, separator: str = "\t") -> Iterator[tuple[int, list[str]]]:

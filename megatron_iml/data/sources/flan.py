@@ -25,7 +25,7 @@ from megatron_iml.data.example import Metric, Task
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.sources.form import Form, Instances, make_task
 from megatron_iml.data.sources.jinja_templates import draw
-from megatron_iml.data.tables import table_files, table_rows
+from megatron_iml.data.tables import row_key, table_files, table_rows
 from megatron_iml.data.taxonomy.data_sources import data_source
 from megatron_iml.data.text_files import as_text, as_texts, json_object
 
@@ -138,7 +138,7 @@ def _instances(
         for number, row in table_rows(path):
             id = f"{path.stem}-{number}"
             pattern = patterns[draw(len(patterns), str(seed), id)]
-            yield id, _form(_answered(row, task), pattern, counts)
+            yield id, _form(_answered(row, task), pattern, row_key(row), counts)
 
 
 def _answered(row: dict[str, Any], task: str) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _answered(row: dict[str, Any], task: str) -> dict[str, Any]:
     return {**row, "options": list(options), "answer": options[label]}
 
 
-def _form(row: dict[str, Any], pattern: Pattern, counts: TaskCounts) -> Form | str:
+def _form(row: dict[str, Any], pattern: Pattern, instance: str, counts: TaskCounts) -> Form | str:
     options = as_texts(row.get("options", []), counts)
     if options is None:
         return "options are not texts"
@@ -163,4 +163,5 @@ def _form(row: dict[str, Any], pattern: Pattern, counts: TaskCounts) -> Form | s
         if text is None or not text.strip():
             return f"no text for the field {field} of its template"
         fields[field] = text
-    return Form(pattern.source.format_map(fields), (pattern.target.format_map(fields),), options)
+    source, target = pattern.source.format_map(fields), pattern.target.format_map(fields)
+    return Form(source, (target,), options, instance=instance)

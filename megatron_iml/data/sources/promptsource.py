@@ -20,7 +20,7 @@ from pathlib import Path
 from megatron_iml.data.example import Example, Metric, Task
 from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.sources.jinja_templates import Prompt, Template, draw, load_templates
-from megatron_iml.data.tables import KINDS, table_rows
+from megatron_iml.data.tables import KINDS, row_key, table_rows
 from megatron_iml.data.taxonomy.data_sources import data_source
 
 BENCHMARK = "PromptSource"
@@ -89,24 +89,22 @@ def _examples(
     templates = load_templates(template_file)
     for path in files:
         for number, row in table_rows(path):
-            instance = f"{path.stem}-{number}"
-            prompts = _prompts(
-                row, templates, counts, prompts_per_row or len(templates), f"{seed} {instance}"
-            )
+            place = f"{path.stem}-{number}"
+            prompts = _prompts(row, templates, counts, prompts_per_row or len(templates), f"{seed} {place}")
             # One read per prompt that is written, so that the account closes whatever the option.
             counts.read += max(1, len(prompts))
             if not prompts:
                 counts.drop("every template is blank for the row")
             for index, prompt in enumerate(prompts):
                 yield Example(
-                    id=instance if prompts_per_row == 1 else f"{instance}-{index}",
+                    id=place if prompts_per_row == 1 else f"{place}-{index}",
                     task=name,
                     benchmark=BENCHMARK,
                     category="",
                     source=prompt.source,
                     targets=(prompt.target,),
                     candidates=prompt.candidates,
-                    instance=instance,
+                    instance=row_key(row),
                 )
 
 

@@ -64,10 +64,13 @@ def _instances(paths: list[Path], folder: Path, data_set: "DataSet", counts: Tas
         # The path: MATH has a file for each problem, numbered anew in every folder.
         place = path.relative_to(folder).with_suffix("").as_posix()
         for id, solved in data_set.read(path):
-            yield f"{place}-{id}", _form(solved, data_set.instruction)
+            # Before a hyphen stands what several questions are about: a story whose next question quotes the
+            # last one's answer, a theory whose proofs are one text.
+            about = f"{place}-{id.partition('-')[0]}"
+            yield f"{place}-{id}", _form(solved, data_set.instruction, about)
 
 
-def _form(solved: Solved, instruction: str) -> Form | str:
+def _form(solved: Solved, instruction: str, instance: str) -> Form | str:
     if isinstance(solved, str):
         return solved
     question, answer, rationales = solved
@@ -75,7 +78,7 @@ def _form(solved: Solved, instruction: str) -> Form | str:
     if not rationales or not all(isinstance(text, str) and text.strip() for text in texts):
         return "no question, answer or reasoning"
     targets = tuple(reasoning_target(rationale, answer) for rationale in rationales)
-    return Form(f"{instruction}\n{question.strip()}", targets, instruction=instruction)
+    return Form(f"{instruction}\n{question.strip()}", targets, (), instruction, instance)
 
 
 def _rows(solve: Callable[[dict[str, Any]], Solved], path: Path) -> Iterator[tuple[str, Solved]]:

@@ -79,4 +79,6 @@ def _form(row: dict[str, Any], sentence: str, counts: TaskCounts) -> Form | str:
         parts.append(f"structured knowledge: {knowledge.strip()}")
     if history:
         parts.append("context: " + " | ".join(turn.strip() for turn in history))
-    return Form(f"{sentence}\n{' ; '.join(parts)}", targets)
+    # By its first turn: later turns of a conversation quote earlier ones and build on their answers.
+    first = (history or [newest])[-1].strip()
+    return Form(f"{sentence}\n{' ; '.join(parts)}", targets, instance=f"{first}\0{knowledge.strip()}")

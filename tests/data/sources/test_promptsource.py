@@ -46,7 +46,7 @@ def test_a_data_set_is_one_task_with_choices_and_sources(tmp_path):
     first, second = found.examples("super_glue__wic")
     assert (first.source, first.targets) == ("Is sea wet? Yes, No", ("Yes",))
     assert (second.targets, second.candidates) == (("No",), ("Yes", "No"))
-    assert (first.id, first.instance) == ("train-1", "train-1")
+    assert (first.id, first.instance) == ("train-1", '{"label": 0, "word": "sea"}')
 
 
 def test_templates_of_another_task_are_left_out(tmp_path):
@@ -73,7 +73,9 @@ def test_a_row_gets_one_prompt_whatever_the_number_of_templates(tmp_path):
 def test_every_prompt_of_a_row_is_of_one_instance(tmp_path):
     many = [template(f"t{i}", f"{i}: {{{{ word }}}} ||| x") for i in range(3)]
     examples = reading(tmp_path, many, ROWS, prompts_per_row=0).examples("riddles__easy")
-    assert [example.instance for example in examples] == ["train-1"] * 3 + ["train-2"] * 3
+    assert [example.id for example in examples] == [f"train-{row}-{i}" for row in (1, 2) for i in range(3)]
+    assert len({example.instance for example in examples[:3]}) == 1
+    assert len({example.instance for example in examples}) == 2
     assert {example.source[0] for example in examples[:3]} == set("012")
 
 
