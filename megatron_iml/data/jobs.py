@@ -6,7 +6,8 @@ it, written last; whoever comes later and finds it, goes on. A job does the part
     parts 0 .. 6, Job(index=1, count=3)  ->  1, 4          Job(0, 1), the whole  ->  0 .. 6
 
 The jobs of an array leave records; one run of the whole afterwards finds all of them and finishes. What two
-processes would write at once is claimed first, so that a run started too early stops and breaks nothing.
+processes would write at once is claimed first, so that a run started too early, or twice, stops and breaks
+nothing: a run of the whole holds its output folder alone, jobs of an array share it and hold their parts.
 """
 
 import fcntl
@@ -15,10 +16,10 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -66,20 +67,41 @@ def finished_record(path: Path, origin: object) -> dict[str, Any] | None:
 
 
 @contextmanager
-def claim(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; the kernel gives it up for a process that dies.
+def claim(path: Path, shared: bool = False) -> Iterator[None]:
+    """Hold `path` against other processes, by a lock file beside it: alone, or with others who share it.
 
-    Raises ValueError if another process holds it.
+    The kernel gives the lock up for a process that dies. Raises ValueError if another process holds it.
     """
-    with path.open("wb") as file:
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    with _locked(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX) as file:
+        if file is None:
+            raise ValueError(f"{path} is being written by another process; wait for it to end, or end it")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{path.with_suffix('')} is being written by another process; wait for it to end, or end it"
-            ) from error
-        yield
-        path.unlink()
+            yield
+        finally:
+            # By the last one to go: a file that others hold must not make room for another of its name.
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.unlink()
+
+
+@contextmanager
+def _locked(lock: Path, kind: int) -> Iterator[BinaryIO | None]:
+    """The lock file, opened and locked; None if it is another's."""
+    while True:
+        with lock.open("ab") as file:
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+                return
+            # Its holder may have removed it between opening and locking: then the name is another file's.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    yield file
+                    return
 
 
 @contextmanager

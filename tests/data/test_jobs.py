@@ -1,8 +1,12 @@
 """Parts of work: whose they are, records that count, and claims."""
 
+import fcntl
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -33,21 +37,63 @@ HOLDER = """
 import sys
 from pathlib import Path
 from megatron_iml.data.jobs import claim
-with claim(Path(sys.argv[1])):
+with claim(Path(sys.argv[1]), shared=len(sys.argv) > 2):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
-def test_a_claim_holds_until_its_process_dies(tmp_path: Path) -> None:
-    lock = tmp_path / "part.lock"
-    command = [sys.executable, "-c", HOLDER, lock]
+@contextmanager
+def held(path: Path, *shared: str) -> Iterator[subprocess.Popen]:
+    """Another process that holds the path, killed at the end."""
+    command = [sys.executable, "-c", HOLDER, path, *shared]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(ValueError, match="part is being written by another process"), claim(lock):
-            pass
+        yield holder
         holder.kill()
-    with claim(lock):
+
+
+def test_a_claim_holds_until_its_process_dies(tmp_path: Path) -> None:
+    path, lock = tmp_path / "part", tmp_path / ".part.lock"
+    with held(path), pytest.raises(ValueError, match="part is being written by another process"), claim(path):
+        pass
+    with claim(path):
         assert lock.exists()
     assert not lock.exists()
+
+
+def test_jobs_share_a_claim_and_the_whole_does_not(tmp_path: Path) -> None:
+    path, lock = tmp_path / "bench", tmp_path / ".bench.lock"
+    with held(path, "shared"):
+        with claim(path, shared=True):
+            pass
+        # The other job still holds the file that the first one left.
+        assert lock.exists()
+        with pytest.raises(ValueError, match="bench is being written by another process"), claim(path):
+            pass
+    with held(path), pytest.raises(ValueError, match="being written"), claim(path, shared=True):
+        pass
+    with claim(path, shared=True), claim(path, shared=True):
+        pass
+    assert not lock.exists()
+
+
+def test_a_lock_file_that_its_holder_removed_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Opened before the holder removed it, locked after: without a second look two would hold two files.
+    path, lock = tmp_path / "bench", tmp_path / ".bench.lock"
+    flock = fcntl.flock
+    removed = []
+
+    def remove_first(file: BinaryIO, kind: int) -> None:
+        if not removed:
+            removed.append(lock.unlink())
+        flock(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with claim(path):
+        with pytest.raises(ValueError, match="being written"), claim(path):
+            pass
+        assert lock.exists()

@@ -17,7 +17,6 @@ For MetaICL-style training the number of demonstrations is drawn from Zipf's law
 """
 
 import hashlib
-import shutil
 from bisect import bisect
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ import orjson
 
 from megatron_iml.data.bench.folder import FORMAT_VERSION, LEDGER, Bench, BenchFile, BenchRow, manifest_bytes
 from megatron_iml.data.bench.splits import Split
+from megatron_iml.data.bench.staging import put_in_place, working_folder
 from megatron_iml.data.example import instance_hash
 from megatron_iml.data.manifest import MANIFEST
 
@@ -102,10 +102,13 @@ def add_demonstrations(
     if not files:
         raise ValueError(f"{bench.folder} has no file in {', '.join(splits)}; choose other splits")
     # Beside its place and renamed: nobody meets half a bench.
-    staging = output.absolute().parent / f".{output.name}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    for split in splits:
-        (staging / split).mkdir(parents=True)
+    with working_folder(output) as folder:
+        _write_bench(bench, files, how, folder / "bench")
+        put_in_place(folder / "bench", output)
+    return Bench.open(output)
+
+
+def _write_bench(bench: Bench, files: Sequence[BenchFile], how: Demonstrations, staging: Path) -> None:
     entries: list[BenchFile] = []
     accounts: dict[str, dict[str, Any]] = {}
     for entry in files:
@@ -119,8 +122,6 @@ def add_demonstrations(
     (staging / LEDGER).write_bytes(orjson.dumps(ledger, option=orjson.OPT_INDENT_2) + b"\n")
     origin = {"demonstrations": asdict(how), "zero_shot_bench": bench.fingerprint}
     (staging / MANIFEST).write_bytes(manifest_bytes(bench.seed, origin, entries))
-    staging.rename(output)
-    return Bench.open(output)
 
 
 def with_demonstrations(row: BenchRow, shown: Sequence[BenchRow], separator: str) -> BenchRow:

@@ -1,6 +1,6 @@
 """How a bench comes into being whole or not at all: written beside its place, renamed at the end.
 
-with working_folder(Path("bench"), keep=True) as folder:      .bench.partial/{records,bench/train,...}
+with working_folder(Path("bench")) as folder:                 .bench.partial/{records,bench/train,...}
     ...                                                       files of the bench to folder / "bench"
     put_in_place(folder / "bench", Path("bench"))             .bench.partial is gone, bench stands
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_iml.data.bench.folder import LEDGER
 from megatron_iml.data.bench.splits import SPLITS
+from megatron_iml.data.jobs import claim
 from megatron_iml.data.manifest import MANIFEST
 
 
@@ -35,18 +36,29 @@ def unfinished_folder(output: Path) -> Path:
 
 
 @contextmanager
-def working_folder(output: Path, keep: bool) -> Iterator[Path]:
-    """The folder of unfinished work with its parts; what is in it stays after a failure if `keep`."""
+def working_folder(
+    output: Path, *, overwrite: bool = False, keep: bool = False, shared: bool = False
+) -> Iterator[Path]:
+    """The folder of unfinished work with its parts, held against other processes.
+
+    Args:
+        output: the bench to be; checked as `check_output` says.
+        overwrite: replace a bench.
+        keep: what is in the folder stays after a failure, and is there again.
+        shared: with other jobs of an array.
+    """
     folder = unfinished_folder(output)
-    if not keep:
-        shutil.rmtree(folder, ignore_errors=True)
-    for part in ("records", *(f"bench/{split}" for split in SPLITS)):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    try:
-        yield folder
-    finally:
+    with claim(output, shared):
+        check_output(output, overwrite)
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
+        for part in ("records", *(f"bench/{split}" for split in SPLITS)):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        try:
+            yield folder
+        finally:
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_in_place(staging: Path, output: Path) -> None:

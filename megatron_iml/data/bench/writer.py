@@ -30,7 +30,7 @@ from megatron_iml.data.bench.folder import FORMAT_VERSION, LEDGER, Bench, BenchF
 from megatron_iml.data.bench.levels import levels_of
 from megatron_iml.data.bench.prompts import clean_target, with_delimiter
 from megatron_iml.data.bench.splits import DROP_REASONS, SPLITS, Level, Splits, assign
-from megatron_iml.data.bench.staging import check_output, put_in_place, working_folder
+from megatron_iml.data.bench.staging import put_in_place, working_folder
 from megatron_iml.data.example import Example, Metric, Task, instance_hash, source_hash
 from megatron_iml.data.jobs import WHOLE, Job, claim, finished_record, worker_pool, write_json
 from megatron_iml.data.ledger import Drops, TaskCounts
@@ -74,10 +74,10 @@ def build_bench(
     # Everything that can be wrong with names is found before the first example is read.
     levels = levels_of(splits, tasks)
     stems = _unique_stems(tasks)
-    check_output(output, overwrite)
     # As text: a record read back holds lists where the splits hold tuples.
     origin = inputs and hashlib.sha256(f"{inputs} {splits}".encode()).hexdigest()
-    with working_folder(output, keep=inputs is not None) as folder, worker_pool(workers) as pool:
+    work = working_folder(output, overwrite=overwrite, keep=inputs is not None, shared=job.is_share)
+    with work as folder, worker_pool(workers) as pool:
         works = [
             (task, stem, level, splits, drops.task(task.benchmark, task.name), origin, folder)
             for number, (task, stem, level) in enumerate(zip(tasks, stems, levels, strict=True))
@@ -162,7 +162,7 @@ def _write_or_keep(
         for file, size in record["bytes"].items()
     ):
         return record
-    with claim(path.with_name(f"{stem}.lock")):
+    with claim(path.with_suffix("")):
         entries = _write_task(task, stem, level, splits, counts, folder)
         counts.check_closes(stem)
         record = {

@@ -23,7 +23,7 @@ import orjson
 from numpy.typing import NDArray
 
 from megatron_iml.data.bench.folder import LEDGER, Bench, BenchFile, manifest_bytes
-from megatron_iml.data.bench.staging import check_output, put_in_place, working_folder
+from megatron_iml.data.bench.staging import put_in_place, working_folder
 from megatron_iml.data.contamination.ngrams import NgramHasher
 from megatron_iml.data.contamination.report import DECISION_FILE, DECISIONS
 from megatron_iml.data.contamination.search import Findings, open_findings, rows_with_ngrams
@@ -81,11 +81,10 @@ def remove_contamination(
     bench = Bench.open(bench_folder)
     findings = open_findings(findings_folder, bench)
     decisions = load_decisions(findings_folder / DECISION_FILE, bench)
-    check_output(output, overwrite)
     removed = _removed_rows(findings, decisions)
     ledger = bench.ledger()
     entries = []
-    with working_folder(output, keep=False) as folder:
+    with working_folder(output, overwrite=overwrite) as folder:
         staging = folder / "bench"
         for entry in bench.entries:
             rows, reason = removed.get(entry.file, (np.empty(0, np.int64), ""))

@@ -27,7 +27,7 @@ from megatron_iml.data.bench.chunks import read_chunks
 from megatron_iml.data.bench.folder import Bench, BenchFile
 from megatron_iml.data.contamination.index import IndexBuilder, NgramIndex, exceeds_template, settle_templates
 from megatron_iml.data.contamination.ngrams import Hashes, NgramHasher
-from megatron_iml.data.jobs import finished_record, worker_pool, write_json
+from megatron_iml.data.jobs import claim, finished_record, worker_pool, write_json
 from megatron_iml.data.text_files import json_object
 
 # An n-gram of the index that a training file holds: where in the file its first row begins, and in how many
@@ -122,10 +122,16 @@ def find_contamination(
             f"{search.bench} has no training or no evaluation files: there is nothing to compare"
         )
     start(sum(entry.examples for entry in (*training, *evaluation)))
+    with claim(search.output):
+        _search(search, bench, advance)
+    return Findings(search.output, bench)
+
+
+def _search(search: Search, bench: Bench, advance: Callable[[int], None]) -> None:
     _build_index(search, bench, advance)
     (search.output / "hits").mkdir(exist_ok=True)
     missing = []
-    for entry in training:
+    for entry in bench.files("train"):
         if _hits_path(search.output, entry).is_file():
             advance(entry.examples)
         else:
@@ -140,7 +146,6 @@ def find_contamination(
                 advance(future.result())
     if not (search.output / "index" / "settled").is_file():
         _settle(search, bench)
-    return Findings(search.output, bench)
 
 
 def _settle(search: Search, bench: Bench) -> None:

@@ -151,20 +151,35 @@ def build_corpus(
         "shard_examples": config.shard_examples,
     }
     shards = group_into_shards(entries, config.shard_examples)
-    mine = [number for number in range(len(shards)) if config.job.owns(number)]
-    start(sum(entry.examples for number in mine for entry in shards[number]))
-    finished = _finished_manifest(folder, origin)
-    if finished is not None:
-        return finished
-    _verify_tokenizer(bench, entries, tokenizer)
+    mine = [(number, group) for number, group in enumerate(shards) if config.job.owns(number)]
+    start(sum(entry.examples for _, group in mine for entry in group))
+    with claim(folder, shared=config.job.is_share):
+        finished = _finished_manifest(folder, origin)
+        if finished is not None:
+            return finished
+        _verify_tokenizer(bench, entries, tokenizer)
+        records = _build_shards(config, bench, tokenizer, origin, mine, advance)
+        if config.job.is_share:
+            return None
+        return _write_manifest(folder, origin, tokenizer, _number_tasks(entries, records), records)
 
+
+def _build_shards(
+    config: BuildConfig,
+    bench: Bench,
+    tokenizer: Tokenizer,
+    origin: dict[str, Any],
+    shards: list[tuple[int, list[BenchFile]]],
+    advance: Callable[[int, int], None],
+) -> list[dict[str, Any]]:
+    """Write the numbered shards that are not there yet; return the records of all of them."""
     records: list[dict[str, Any]] = []
     with worker_pool(config.workers) as pool:
-        for number in mine:
-            stem, group = folder / f"shard-{number:05d}", shards[number]
+        for number, group in shards:
+            stem = config.output / config.split / f"shard-{number:05d}"
             record = finished_record(stem.with_suffix(".json"), origin)
             if record is None:
-                with claim(stem.with_suffix(".lock")):
+                with claim(stem):
                     chunks = (chunk for entry in group for chunk in read_chunks(bench, entry))
                     # Two for each worker: one that it works on and one that waits.
                     ahead = 2 * config.workers
@@ -174,9 +189,7 @@ def build_corpus(
             else:
                 advance(sum(entry.examples for entry in group), record["shard"]["tokens"])
             records.append(record)
-    if config.job.is_share:
-        return None
-    return _write_manifest(folder, origin, tokenizer, _number_tasks(entries, records), records)
+    return records
 
 
 def _write_manifest(

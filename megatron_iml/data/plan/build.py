@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from megatron_iml.data.corpus.folder import Corpus, CorpusTask
+from megatron_iml.data.jobs import claim
 from megatron_iml.data.plan.draws import DrawStream, measure_tasks
 from megatron_iml.data.plan.folder import plan_fingerprint
 from megatron_iml.data.plan.packing import PackedWindow, PackingConfig, pack_window
@@ -135,8 +136,20 @@ def build_plan(
     """Write a plan, whole or not at all, and return its manifest; one that lies there finished is kept.
 
     `advance` hears the draws of every window and of all windows. Raises ValueError when the folder holds
-    something else, for a mixture that cannot be followed, and when nothing fits a row.
+    something else, when another process builds it, for a mixture that cannot be followed, and when nothing
+    fits a row.
     """
+    with claim(folder):
+        return _build_plan(corpus, config, folder, advance, workers)
+
+
+def _build_plan(
+    corpus: Corpus,
+    config: PackingConfig,
+    folder: Path,
+    advance: Callable[[int, int], None],
+    workers: int,
+) -> dict[str, Any]:
     origin = config.origin(corpus)
     finished = finished_plan(folder, plan_fingerprint(origin))
     if finished is not None:

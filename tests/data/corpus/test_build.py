@@ -161,10 +161,8 @@ def test_jobs_share_the_shards_and_a_whole_run_finishes(config: BuildConfig, tmp
 
 
 def test_two_runs_do_not_write_one_shard(config: BuildConfig, tmp_path: Path) -> None:
-    folder = tmp_path / "train"
-    folder.mkdir()
     with (
-        claim(folder / "shard-00000.lock"),
+        claim(tmp_path / "train" / "shard-00000"),
         pytest.raises(ValueError, match="shard-00000 is being written by another process; wait for it"),
     ):
         build(replace(config, output=tmp_path))
