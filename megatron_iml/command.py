@@ -1,6 +1,7 @@
 """What the commands share: how they name a configuration, and how they speak of a user's mistake.
 
     parser = config_parser(__doc__)              # --config FILE  section.field=value ...
+    add_work_arguments(parser, "rows", 1000)     # --workers N  --log-interval N
     sys.exit(run_command(lambda: evaluate(parser.parse_args())))
 
 A mistake is one line on standard error and exit status 2; anything else is a bug and keeps its traceback.
@@ -25,6 +26,33 @@ def config_parser(description: str, program: str | None = None) -> argparse.Argu
     parser.add_argument("--config", type=Path, required=True, help="YAML file; see examples/recipes")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. training.steps=100")
     return parser
+
+
+def at_least_one(text: str) -> int:
+    """A whole number from 1 on, as argparse takes types."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of 1 or more")
+    return int(text)
+
+
+def add_work_arguments(
+    parser: argparse.ArgumentParser, items: str, log_interval: int, parts: str | None = None
+) -> None:
+    """Add the options of long work: its processes and log, and jobs where there are `parts` to share out."""
+    parser.add_argument(
+        "--workers", type=at_least_one, default=1, help="processes; same bytes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--log-interval",
+        type=at_least_one,
+        default=log_interval,
+        help=f"{items} between log lines (default: %(default)s)",
+    )
+    if parts is not None:
+        parser.add_argument("--job-index", type=int, default=0, help="which of --num-jobs this is, from 0")
+        parser.add_argument(
+            "--num-jobs", type=at_least_one, default=1, help=f"jobs that share the {parts} out"
+        )
 
 
 def quiet_engine() -> None:

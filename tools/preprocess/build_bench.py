@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_iml.command import run_command
+from megatron_iml.command import add_work_arguments, run_command
 
 if TYPE_CHECKING:
     from megatron_iml.data.bench.folder import Bench
@@ -29,12 +29,7 @@ def parse_arguments() -> argparse.Namespace:
         "--source-root", type=Path, help="where relative source folders lie (default: beside the config)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the bench in --output")
-    parser.add_argument("--workers", type=int, default=1, help="writing processes (default: %(default)s)")
-    parser.add_argument(
-        "--log-interval", type=int, default=100, help="tasks between log lines (default: %(default)s)"
-    )
-    parser.add_argument("--job-index", type=int, default=0, help="which of --num-jobs this is, from 0")
-    parser.add_argument("--num-jobs", type=int, default=1, help="jobs that share the tasks out")
+    add_work_arguments(parser, "tasks", 100, parts="tasks")
     return parser.parse_args()
 
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_iml.command import run_command
+from megatron_iml.command import add_work_arguments, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,15 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--backend", choices=("gigatoken", "tokenizers"), default="gigatoken", help="encoder (same ids)"
     )
-    parser.add_argument("--workers", type=int, default=1, help="encoding processes (default: %(default)s)")
-    parser.add_argument(
-        "--log-interval",
-        type=int,
-        default=1_000_000,
-        help="examples between log lines (default: %(default)s)",
-    )
-    parser.add_argument("--job-index", type=int, default=0, help="which of --num-jobs this is, from 0")
-    parser.add_argument("--num-jobs", type=int, default=1, help="jobs that share the shards out")
+    add_work_arguments(parser, "examples", 1_000_000, parts="shards")
     return parser.parse_args()
 
 

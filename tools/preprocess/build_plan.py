@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_iml.command import run_command
+from megatron_iml.command import add_work_arguments, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,16 +48,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--window", type=int, default=1 << 14, help="documents packed together (default: %(default)s)")
     add("--seed", type=int, default=1, help="of draws and order (default: %(default)s)")
-    add("--workers", type=int, default=1, help="packing processes; same bytes (default: %(default)s)")
-    add("--log-interval", type=int, default=1_000_000, help="documents between log lines (%(default)s)")
+    add_work_arguments(parser, "documents", 1_000_000)
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--output-prefix", "--output", type=Path, help="plan folder to write")
     output.add_argument("--explain", action="store_true", help="print what the mixture draws, write nothing")
     arguments = parser.parse_args()
     if arguments.once and arguments.mixture:
         parser.error("--once takes every document once and follows no mixture: leave --mixture out")
-    if arguments.workers < 1:
-        parser.error(f"--workers is {arguments.workers}, expected 1 or more")
     return arguments
 
 

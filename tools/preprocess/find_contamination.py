@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_iml.command import run_command
+from megatron_iml.command import add_work_arguments, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,10 +29,7 @@ def parse_arguments() -> argparse.Namespace:
         default=0.01,
         help="pairs are reported above this share of an evaluation file (default: %(default)s)",
     )
-    parser.add_argument("--workers", type=int, default=1, help="searching processes (default: %(default)s)")
-    parser.add_argument(
-        "--log-interval", type=int, default=1_000_000, help="rows between log lines (default: %(default)s)"
-    )
+    add_work_arguments(parser, "rows", 1_000_000)
     return parser.parse_args()
 
 
