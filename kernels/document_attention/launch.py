@@ -143,8 +143,8 @@ def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
         *qkv.stride()[1:3], schedule.key_tiles_QK.stride(0), tokens, problem.scale2, *problem.dropout,
     )  # fmt: skip
     constants = problem.constants | {"C": schedule.columns} | size.options()
-    # With narrow tiles the mask costs less than asking whether it is needed.
-    constants["MASK_ALL"] = schedule.columns < LONG_KEY_TILE
+    # With narrow tiles of large heads the mask costs less than asking whether it is needed.
+    constants["MASK_ALL"] = schedule.columns < LONG_KEY_TILE and problem.block > 64
     _forward[problem.grid](*arguments, **constants)
     repair_grid = (heads, triton.cdiv(problem.grid[1], FORWARD_SPAN))
     _repair_forward[repair_grid](*arguments, heads, SPAN=FORWARD_SPAN, **constants)
