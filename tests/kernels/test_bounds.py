@@ -1,10 +1,11 @@
-"""`start_T` against its definition, and the trees of the module's head."""
+"""`start_T` and the tile schedule against their definitions, and the trees of the module's head."""
 
 import pytest
 import torch
 from forests import random_end
 
 from megatron_iml.kernels.document_attention import DocumentBounds
+from megatron_iml.kernels.document_attention.bounds import LONG_DOCUMENTS, TileSchedule
 
 
 def first_visible(end: list[int], row: int) -> int:
@@ -33,3 +34,49 @@ def test_start_is_the_first_visible_column() -> None:
         assert start_T.dtype == torch.int32
         expected = [first_visible(end_T.tolist(), row) for row in range(end_T.numel())]
         assert start_T.tolist() == expected, f"seed {seed}: end {end_T.tolist()}"
+
+
+def seen(end_T: torch.Tensor) -> torch.Tensor:
+    """bool [T, T]: row sees column."""
+    index_T = torch.arange(end_T.numel())
+    return (index_T <= index_T[:, None]) & (index_T[:, None] < end_T)
+
+
+@pytest.mark.parametrize("columns", [2, 4])
+def test_the_schedule_lists_what_is_seen_and_says_what_needs_a_mask(columns: int) -> None:
+    rows = 4
+    for seed in range(200):
+        end_T = random_end(seed)
+        sees_TT, schedule = seen(end_T), TileSchedule.from_end(end_T, rows, columns)
+        for tile, count in enumerate(schedule.num_key_tiles_Q.tolist()):
+            entries = schedule.key_tiles_QK[tile, :count].tolist()
+            listed = [entry >> 1 for entry in entries]
+            assert listed == sorted(set(listed))
+            block = sees_TT[tile * rows : (tile + 1) * rows]
+            parts = {key: block[:, key * columns : (key + 1) * columns] for key in listed}
+            assert sum(int(part.sum()) for part in parts.values()) == int(block.sum()), f"seed {seed}"
+            for entry in entries:
+                part = parts[entry >> 1]
+                assert entry & 1 or (bool(part.all()) and part.shape == (rows, columns)), f"seed {seed}"
+
+
+def test_keys_have_their_turn_after_all_rows_that_see_them() -> None:
+    rows = 4
+    for seed in range(200):
+        end_T = random_end(seed)
+        sees_TT, schedule = seen(end_T), TileSchedule.from_end(end_T, rows, 2)
+        order, tiles = schedule.backward_order_W.tolist(), schedule.num_key_tiles_Q.numel()
+        assert sorted(order) == list(range(2 * tiles))
+        turn = {work: place for place, work in enumerate(order)}
+        for keys in range(tiles):
+            seeing_T = sees_TT[:, keys * rows : (keys + 1) * rows].any(1).nonzero()[:, 0]
+            waited_for = {keys, *(seeing_T // rows).tolist(), (int(schedule.stop_Q[keys]) - 1) // rows}
+            late = [tile for tile in waited_for if tile >= keys and turn[tile] > turn[tiles + keys]]
+            assert not late, f"seed {seed}: keys {keys} wait for rows {late}, whose turn is later"
+
+
+def test_wide_tiles_for_long_documents_only() -> None:
+    end_T = torch.full((8,), 8, dtype=torch.int32)
+    pairs = 8 * LONG_DOCUMENTS
+    widths = [DocumentBounds.from_end(end_T, n).schedule.columns for n in (None, pairs, pairs + 1)]
+    assert widths == [32, 32, 64]

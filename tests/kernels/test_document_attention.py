@@ -20,6 +20,7 @@ from megatron_iml.kernels.document_attention import (
     document_attention,
     document_attention_reference,
 )
+from megatron_iml.kernels.document_attention.bounds import LONG_DOCUMENTS
 from megatron_iml.kernels.philox import keep_mask, key_tensor
 from megatron_iml.kernels.testing import (
     assert_op_within_budget,
@@ -73,19 +74,29 @@ def dense_attention(end_T: Tensor, probability: float, qkv: Tensor) -> tuple[Ten
 
 
 def attend(
-    end_T: Tensor, probability: float, qkv: Tensor, op: Callable[..., Tensor] = document_attention
+    end_T: Tensor,
+    probability: float,
+    qkv: Tensor,
+    op: Callable[..., Tensor] = document_attention,
+    pairs: int | None = None,
 ) -> tuple[Tensor]:
-    bounds = DocumentBounds.from_end(end_T)
+    bounds = DocumentBounds.from_end(end_T, pairs)
     return (op(qkv, bounds, qkv.shape[3] ** -0.5, probability, KEY, FIRST_HEAD),)
 
 
 def hold_to_budget(
-    end_T: Tensor, heads: int, head_dim: int, dtype: torch.dtype, probability: float = 0.0, seed: int = 1
+    end_T: Tensor,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    probability: float = 0.0,
+    seed: int = 1,
+    pairs: int | None = None,
 ) -> None:
     end_T, tokens = end_T.to(DEVICE), end_T.numel()
     reference = functools.partial(attend, end_T, probability, op=document_attention_reference)
     assert_op_within_budget(
-        functools.partial(attend, end_T, probability),
+        functools.partial(attend, end_T, probability, pairs=pairs),
         functools.partial(dense_attention, end_T, probability),
         reference,
         {"qkv": normal(tokens, heads, 3, head_dim, seed=seed, dtype=dtype)},
@@ -97,6 +108,13 @@ def hold_to_budget(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_within_the_budget(dtype: torch.dtype, name: str) -> None:
     hold_to_budget(ENDS[name], 2, 16, dtype)
+
+
+@pytest.mark.parametrize("name", ["one document over three tiles", "trunk and branches", "forest"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_within_the_budget_with_wide_tiles(dtype: torch.dtype, name: str) -> None:
+    # So many pairs that the row counts as one of long documents.
+    hold_to_budget(ENDS[name], 2, 16, dtype, probability=0.1, pairs=LONG_DOCUMENTS * 1000)
 
 
 def test_a_document_of_one_slot_is_its_value() -> None:
@@ -130,8 +148,9 @@ def test_dropout(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_real_sizes(dtype: torch.dtype, head_dim: int, probability: float) -> None:
-    for seed in range(3):
-        hold_to_budget(random_forest_end(seed, 3001, 2048), 3, head_dim, dtype, probability, seed)
+    for seed, pairs in enumerate([None, LONG_DOCUMENTS * 10000, None]):
+        end_T = random_forest_end(seed, 3001, 2048)
+        hold_to_budget(end_T, 3, head_dim, dtype, probability, seed, pairs)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
