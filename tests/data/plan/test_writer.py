@@ -9,7 +9,7 @@ import pytest
 from megatron_iml.data.plan.folder import ENTRY, Plan
 from megatron_iml.data.plan.writer import PackedRows, PlanWriter, finished_plan
 
-ORIGIN = {"corpus_fingerprint": "c", "row_length": 8, "max_positions": 8}
+ORIGIN = {"corpus_fingerprint": "c", "row_length": 8, "max_positions": 8, "branches": 0}
 
 
 def rows(*documents: int) -> PackedRows:
