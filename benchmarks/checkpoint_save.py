@@ -44,7 +44,7 @@ from megatron_iml.training.rows import StepRows
 from megatron_iml.training.step import train_step
 
 RATE = 1e-5
-WARM_UP, PLAIN, LONGEST = 2, 5, 400
+WARM_UP, PLAIN, LONGEST = 2, 15, 400
 """Steps before the clock, steps that give the time of a plain one, steps of a save that never ends."""
 
 
@@ -205,7 +205,8 @@ def measure(engine: Engine, steps: list[StepRows], arguments: argparse.Namespace
     store.reserve(engine)
     reserved = slowest(time.perf_counter() - began)
     speed = copy_speed(engine, store)
-    plain = slowest(statistics.median(timed_step(engine, rows, store) for rows in steps[WARM_UP:]))
+    # The mean, not the median: the steps beside a save are added up too, slow ones included.
+    plain = slowest(statistics.fmean(timed_step(engine, rows, store) for rows in steps[WARM_UP:]))
     tell(f"{way}: reserving {store.staging.size / 1e9:.1f} GB took {reserved:.1f} s, copies {speed} GB/s")
     tell(f"{way}: a plain step takes {plain:.3f} s")
     runs = []
