@@ -3,14 +3,14 @@
 A mask must be the same in forward, backward and recomputation, and under every parallel layout. So no
 generator state exists: element (row, column) of plane p is kept or dropped by
 
-    bits = philox(key, counter=(row, column // 4, p, 0))[column % 4]        kept iff bits >= probability *
-    2^32
+    bits = philox(key, counter=(row, column // 4, p, 0))[column % 4]
+    kept if and only if bits >= probability * 2^32
 
 with global coordinates. `dropout_key` folds (seed, plan row, layer, place) into the 64-bit key. What enters:
 integers and integer tensors. What leaves: a boolean keep mask.
 
-    keep_mask(dropout_key(1234, row=7, layer=0, place="attention"), 0.1, rows_R, columns_C, planes_P)  ->  [P,
-    R, C]
+    key = dropout_key(1234, row=7, layer=0, place="attention")
+    keep_mask(key, 0.1, rows_R, columns_C, planes_P)                 # bool [P, R, C]
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), the constants of Random123.
 Triton's `tl.philox` computes the same function.

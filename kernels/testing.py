@@ -1,10 +1,9 @@
-"""What every kernel test needs: an error budget that is argued, poisoned memory, and packed rows to attend
-in.
+"""What every kernel test needs: an error budget that is argued, poisoned memory, packed rows to attend in.
 
     with nan_poison(): out = op(x)                      # elements that the op does not write are NaN
     assert_within_budget("out", out, torch_out, truth)  # at most twice the error of torch in the same type
-    end_T = documents_end([3, 2], padding=1)            # [3, 3, 3, 5, 5, 5] end_T = tree_end(2, [2, 1])
-    # [5, 5, 4, 4, 5], a trunk of 2 with branches of 2 and 1
+    end_T = documents_end([3, 2], padding=1)            # [3, 3, 3, 5, 5, 5]
+    end_T = tree_end(2, [2, 1])                         # [5, 5, 4, 4, 5], a trunk of 2, branches of 2 and 1
 
 The budget: a kernel may err twice as much as plain torch errs when it computes the same in the same type,
 both measured against fp64, since one rounding more or less doubles or halves an error; gradients, whose
@@ -57,9 +56,11 @@ def assert_within_budget(
     """Assert that `result` errs at most `factor` times as much as torch does in the same type.
 
     Args:
-        name: of the tensor, for the message. result: of the kernel. same_dtype: the same computed by plain
-            torch in the kernel's type. truth: the same computed in fp64. factor: FORWARD_FACTOR or
-            GRADIENT_FACTOR.
+        name: of the tensor, for the message.
+        result: of the kernel.
+        same_dtype: the same computed by plain torch in the kernel's type.
+        truth: the same computed in fp64.
+        factor: FORWARD_FACTOR or GRADIENT_FACTOR.
 
     One unit in the last place of the largest value is allowed on top: torch may be exact by luck.
     """
@@ -74,8 +75,8 @@ def run_op(op: Op, inputs: Mapping[str, Tensor], upstream: Sequence[Tensor]) -> 
     """Outputs of `op(**inputs)` and the gradients of all inputs, by name.
 
     Args:
-        op: takes `inputs` as keywords, returns a tuple of outputs. upstream: one gradient per output, in any
-            type.
+        op: takes `inputs` as keywords, returns a tuple of outputs.
+        upstream: one gradient per output, in any type.
     """
     outputs = op(**inputs)
     upstream = [gradient.to(output.dtype) for gradient, output in zip(upstream, outputs, strict=True)]
@@ -124,8 +125,10 @@ def random_forest_end(seed: int, tokens: int, longest: int) -> Tensor:
     """`end_T`, int32 [tokens], of a random row: documents, trees to depth 3 and padding between them.
 
     Args:
-        seed: of the random choices. tokens: slots of the row. longest: slots of a document without its
-            branches, at most; lengths are spread evenly over their logarithm, so length 1 is common.
+        seed: of the random choices.
+        tokens: slots of the row.
+        longest: slots of a document without its branches, at most; lengths are spread evenly over their
+            logarithm, so length 1 is common.
     """
     rng = random.Random(seed)
     end: list[int] = []

@@ -1,7 +1,7 @@
 """bias_relu with its checks and gradients. See `reference.py` for plain torch. T slots, F features.
 
-hidden = bias_relu(projected, bias)     # the backward keeps `hidden`, which the next projection keeps too
-hidden = relu_gradient(hidden, bias)    # only that backward: a GEMM added the bias and took the ReLU
+    hidden = bias_relu(projected, bias)     # the backward keeps `hidden`, which the next projection keeps too
+    hidden = relu_gradient(hidden, bias)    # only that backward: a GEMM added the bias and took the ReLU
 """
 
 from typing import Any
@@ -18,7 +18,8 @@ def bias_relu(x_TF: Tensor, bias_F: Tensor) -> Tensor:
     """relu(x + bias), added in fp32 and rounded once.
 
     Args:
-        x_TF: [..., features], contiguous; bf16, fp16 or fp32. bias_F: [features] in the same type.
+        x_TF: [..., features], contiguous; bf16, fp16 or fp32.
+        bias_F: [features] in the same type.
 
     Raises:
         ValueError: shapes, types or devices that do not go together.

@@ -1,7 +1,7 @@
 """Document attention in plain torch: the truth that every kernel is measured against.
 
-    out[row] = sum over visible col of dropout(softmax(scale * q[row] . k[col])) * v[col],   visible: col <=
-    row < end[col]
+    out[row] = sum over visible col of dropout(softmax(scale * q[row] . k[col])) * v[col]
+    visible: col <= row < end[col]
 
 What enters: one packed row's fused projection and its bounds. What leaves: the attention output. Between two
 neighbouring values of `end` all rows see the same earlier columns, so the row falls into segments; each
@@ -30,7 +30,9 @@ def document_attention_reference(
 
     Args:
         qkv_TH3D: [tokens, heads, 3, head size], query, key and value of each head side by side; any float
-        type. bounds: who sees whom. softmax_scale: factor on the scores, usually head size ** -0.5.
+            type.
+        bounds: who sees whom.
+        softmax_scale: factor on the scores, usually head size ** -0.5.
         dropout_probability: share of attention probabilities dropped; the rest is scaled by 1 / (1 - p).
         dropout_key: Philox key of this row, layer and place, an int or an int64 tensor of no dimensions.
         first_head: global index of the first head here, so that masks do not depend on tensor parallelism.

@@ -64,12 +64,13 @@ def target_loss(
     """Sum of the negative log-likelihoods of the targets, natural logarithm.
 
     Args:
-        hidden_TF: [slots, features], contiguous; bf16, fp16 or fp32. weight_VF: this rank's rows of the
-            vocabulary, same type.
+        hidden_TF: [slots, features], contiguous; bf16, fp16 or fp32.
+        weight_VF: this rank's rows of the vocabulary, same type.
         target_rows_M, target_ids_M: int64 [targets]; rows in [0, slots), in any order, repeats allowed; ids
             of the whole vocabulary. They are not checked: that would wait for the device.
-        vocab_start: id of this rank's first row. group_max, group_sum: reduce an fp32 tensor of [targets] or
-            [2, targets] over the vocabulary's ranks, in place; None on a single rank.
+        vocab_start: id of this rank's first row.
+        group_max, group_sum: reduce an fp32 tensor of [targets] or [2, targets] over the vocabulary's ranks,
+            in place; None on a single rank.
         loss_scale: fp32 scalar tensor, the gradient that `loss_sum` will get; None is 1.
         weight_grad_VF: fp32 buffer that receives the weight's gradient in the forward; the weight's own
             gradient is then None. Without it the weight gets its gradient in the backward.

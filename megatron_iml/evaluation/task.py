@@ -4,9 +4,9 @@ What enters: the questions of a bench file. What leaves: an `ExampleScore` each.
 how: accuracy ranks the candidates, exact match and Rouge-L generate an answer and compare it with the
 references.
 
-    {"id": "7", "src": "2 > 1?\\nA:", "tgt": "Yes", "candidates": ["No", "Yes"]}, accuracy, scores -3.1
-    and -0.7 -> ExampleScore("7", score=1.0, answer="Yes", references=("Yes",), candidate_scores=(-3.1,
-    -0.7), ...)
+    {"id": "7", "src": "2 > 1?\\nA:", "tgt": "Yes", "candidates": ["No", "Yes"]}
+    by accuracy, with log-likelihoods -3.1 and -0.7:
+    ExampleScore("7", score=1.0, answer="Yes", references=("Yes",), candidate_scores=(-3.1, -0.7), ...)
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -5,8 +5,9 @@ the row; the key is one of (seed, plan row, layer, place). The same under every 
 recomputation, with no generator state to keep. Keys of a row lie in one small tensor on the device, so that
 kernels read them there:
 
-    keys_LP = plan.keys(row=7, layers=range(0, 12), device)     int64 [1 + 12, 4] keys_LP[0, 0]
-    the embedding's; row 1 + i is layer i of the range
+    keys_LP = plan.keys(row=7, layers=range(0, 12), device)     # int64 [1 + 12, 4]
+    keys_LP[0, 0]                                               # the embedding's
+    keys_LP[1 + i]                                              # of layer i of the range
 """
 
 from collections.abc import Sequence

@@ -3,9 +3,9 @@
 Each stage numbers its layers from 0; globally, layer 3 is `decoder.layers.3` on whichever rank it lives. The
 last stage's copy of the tied embedding carries the embedding's name.
 
-    first stage of two, OPT with 4 layers:   embedding.word_embeddings.weight, ...,
-    decoder.layers.1.mlp.linear_fc2.bias last stage:
-    decoder.layers.2.input_layernorm.weight, ..., embedding.word_embeddings.weight
+    OPT with 4 layers on two stages
+        first: embedding.word_embeddings.weight, ..., decoder.layers.1.mlp.linear_fc2.bias
+        last:  decoder.layers.2.input_layernorm.weight, ..., embedding.word_embeddings.weight
 """
 
 import re

@@ -5,10 +5,11 @@ megatron-core asks for `device="cuda"`, calls `.cuda()`, compares `tensor.type()
 CPU, so that every tensor, sequence, pipeline and data parallel layout can be proven on a machine without a
 GPU:
 
-    install_cpu_adapter()                       # before the first process group; does nothing if CUDA is
-    there torch.zeros(2, device="cuda").device        # cpu
+    install_cpu_adapter()                       # before the first process group; nothing where CUDA is
+    torch.zeros(2, device="cuda").device        # cpu
 
-It is a patch, and the only one beside the weight-gradient hook. It costs some overhead per operation and
+It is a patch. The others stand in for two kernels of Apex: the weight gradient (`model/ops.py`) and the
+gradient's norm (`training/multi_tensor.py`). It costs some overhead per operation and
 lives in one thread: a spawned process must install its own.
 """
 

@@ -1,7 +1,8 @@
 """Adam with decoupled weight decay, in the form megatron-core's distributed optimizer can save and reshard.
 
-    m = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g^2 p = p - lr (weight_decay p + m_hat /
-    (sqrt(v_hat) + eps)),   m_hat = m / (1 - beta1^t), v_hat = v / (1 - beta2^t)
+    m = beta1 m + (1 - beta1) g               m_hat = m / (1 - beta1^t)
+    v = beta2 v + (1 - beta2) g^2             v_hat = v / (1 - beta2^t)
+    p = p - lr (weight_decay p + m_hat / (sqrt(v_hat) + eps))
 
 The arithmetic is torch's fused kernel. What differs from `torch.optim.AdamW` is where the step count lives:
 in the parameter group, one for all, because megatron-core's reshardable checkpoints keep per-parameter
@@ -22,7 +23,9 @@ class Adam(torch.optim.Optimizer):
 
         Args:
             groups: megatron-core's parameter groups; each has `params` (fp32 shards), `lr` and
-            `weight_decay`. betas: decay of the two moments. eps: added to the root of the second moment.
+                `weight_decay`.
+            betas: decay of the two moments.
+            eps: added to the root of the second moment.
         """
         # torch refuses an optimizer without parameters; this one is replaced below.
         super().__init__([torch.nn.Parameter(torch.empty(0))], {"betas": betas, "eps": eps})

@@ -1,8 +1,7 @@
 """Gradient buffers and the distributed optimizer around a model.
 
-    wrapped = wrap_model(chunks, config)              # megatron-core's DDP: contiguous fp32 gradient buffers
-    optimizer = build_optimizer(wrapped, config)      # fp32 master weights and moments, sharded over data
-    ranks
+    wrapped = wrap_model(chunks, config)             # megatron-core's DDP: contiguous fp32 gradients
+    optimizer = build_optimizer(wrapped, config)     # fp32 weights and moments, cut over data ranks
 
 Two remedies for megatron-core 0.16.1 live here, both for checkpoints that reshard: our Adam (`adam.py`) takes
 the place of torch's, and `ReshardableOptimizer` saves and loads each data rank's own slices of the state,

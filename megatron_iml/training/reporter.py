@@ -3,8 +3,7 @@
 Only the rank that `Layout.reports` creates one that writes; on all others every call does nothing. A row of
 metrics.jsonl:
 
-    {"step": 12, "loss": 3.21, "learning_rate": 5e-4, "grad_norm": 1.3, "real_tokens_per_second": 12000.0,
-    ...}
+    {"step": 12, "loss": 3.21, "learning_rate": 5e-4, "real_tokens_per_second": 12000.0, ...}
 
 `step` counts updates taken, so the first row is step 1. On resume rows after the checkpoint are dropped: the
 joined trace has every step once.

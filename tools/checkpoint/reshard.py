@@ -2,8 +2,9 @@
 
 Examples:
   python tools/checkpoint/reshard.py check run/checkpoints/iter_0004000 --world-size 8 --tensor 4 --pipeline 2
-  python tools/checkpoint/reshard.py write run/checkpoints/iter_0004000 --output fp32/iter_0004000 --precision
-  fp32 python tools/checkpoint/reshard.py write run/checkpoints/iter_0004000 --output weights --weights-only
+  python tools/checkpoint/reshard.py write run/checkpoints/iter_0004000 --output fp32/iter_0004000 \\
+    --precision fp32
+  python tools/checkpoint/reshard.py write run/checkpoints/iter_0004000 --output weights --weights-only
 
 A checkpoint holds whole tensors: another tensor, pipeline, interleaved or data parallel size reads the same
 files, and there is nothing to rewrite. To go on from it, name the new sizes in the run's configuration.
