@@ -1,7 +1,7 @@
 """bias_relu with its checks and gradients. See `reference.py` for plain torch. T slots, F features.
 
-    hidden = bias_relu(projected, bias)     # the backward keeps `hidden`, which the next projection keeps too
-    hidden = relu_gradient(hidden, bias)    # only that backward: a GEMM added the bias and took the ReLU
+hidden = bias_relu(projected, bias)     # the backward keeps `hidden`, which the next projection keeps too
+hidden = relu_gradient(hidden, bias)    # only that backward: a GEMM added the bias and took the ReLU
 """
 
 from typing import Any

@@ -13,8 +13,8 @@ a forest. Each sum has one owner and one order, so a repeat is equal bit for bit
 Both kinds read the same q, k, v and dO. Two launches would bring them from memory twice, so there is one: the
 schedule's order gives a tile of keys its turn right after the last tile of rows that sees it, while all of it
 is in the cache. It waits until those rows' delta is there. Programs wait for lower numbers than their own
-only, and those they wait for never wait; the device starts programs by number, which single-pass scans rely
-on too.
+only, and those they wait for never wait. That all come to an end then rests on devices starting programs by
+number, which CUDA does not promise, but single-pass scans rely on too.
 
 As in the forward, 0 * NaN is NaN: a gradient tile with a NaN in it is computed once more by
 `_repair_backward` with whatever is not finite taken out, and the slots that do see such a value become NaN.
@@ -198,14 +198,14 @@ def _backward(
     order_ptr,  # int32 [2 Q], TileSchedule
     dropout_key_ptr,  # int64 []
     stride_h, stride_3, key_tiles_stride, tokens, scale, scale2, keep_threshold, keep_scale, first_head,
-    num_tiles, heads,
+    query_tiles, heads,
     R: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
     HEAD_DIM: tl.constexpr, FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Heads vary fastest: the heads of a slot lie side by side in memory.
     head, turn = tl.program_id(0) % heads, tl.load(order_ptr + tl.program_id(0) // heads)
     nan_R = nan_ptr + turn * heads + head + tl.zeros([R], tl.int32)
-    if turn < num_tiles // heads:
+    if turn < query_tiles:
         has_nan_R = _query_tile(
             qkv_own, grad_own, qkv_keys, out_ptr, d_qkv_ptr, lse2_ptr, delta_ptr, progress_ptr, end_ptr,
             key_tiles_ptr, num_key_tiles_ptr, dropout_key_ptr, stride_h, stride_3, key_tiles_stride, tokens,
@@ -217,7 +217,7 @@ def _backward(
         has_nan_R = _key_tile(
             qkv_own, qkv_queries, grad_queries, d_qkv_ptr, lse2_ptr, delta_ptr, progress_ptr, end_ptr,
             stop_ptr, common_stop_ptr, dropout_key_ptr, stride_h, stride_3, tokens, scale, scale2,
-            keep_threshold, keep_scale, first_head, turn - num_tiles // heads, head, heads,
+            keep_threshold, keep_scale, first_head, turn - query_tiles, head, heads,
             R, QUERIES, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, False,
         )  # fmt: skip
         tl.store(nan_R, 1, mask=has_nan_R)
@@ -229,7 +229,7 @@ def _repair_backward(
     progress_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr, stop_ptr, common_stop_ptr, order_ptr,
     dropout_key_ptr,
     stride_h, stride_3, key_tiles_stride, tokens, scale, scale2, keep_threshold, keep_scale, first_head,
-    num_tiles, heads,
+    query_tiles, heads,
     R: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
     HEAD_DIM: tl.constexpr, FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     SPAN: tl.constexpr,
@@ -238,11 +238,11 @@ def _repair_backward(
     `_backward`."""
     first = tl.program_id(0) * SPAN
     indices = first + tl.arange(0, SPAN)
-    if tl.max(tl.load(nan_ptr + indices, mask=indices < 2 * num_tiles, other=0), axis=0) != 0:
-        for index in range(first, min(first + SPAN, 2 * num_tiles)):
+    if tl.max(tl.load(nan_ptr + indices, mask=indices < 2 * query_tiles * heads, other=0), axis=0) != 0:
+        for index in range(first, min(first + SPAN, 2 * query_tiles * heads)):
             if tl.load(nan_ptr + index) != 0:
-                tile, head = index % num_tiles // heads, index % heads
-                if index < num_tiles:
+                tile, head = index // heads % query_tiles, index % heads
+                if index < query_tiles * heads:
                     _query_tile(
                         qkv_own, grad_own, qkv_keys, out_ptr, d_qkv_ptr, lse2_ptr, delta_ptr, progress_ptr,
                         end_ptr, key_tiles_ptr, num_key_tiles_ptr, dropout_key_ptr, stride_h, stride_3,

@@ -8,8 +8,8 @@ trunk before branches, and `end` is one past the last descendant:
     two documents of 3 and 2 slots, then padding       end_T = [3, 3, 3, 5, 5, 5]
     a trunk of 2 slots with branches of 2 and 1        end_T = [5, 5, 4, 4, 5]
 
-`start_T[row]`, the first column a row may see, follows from `end`. So does the `TileSchedule` that kernels
-walk: for tiles of 2 x 2 slots, the trunk with its branches has the column tiles
+The `TileSchedule` that kernels walk follows from `end`: for tiles of 2 x 2 slots, the trunk with its branches
+has the column tiles
 
     rows 0-1: [0]      rows 2-3: [0, 1]      row 4: [0, 2]      the branch in tile 1 is over before row 4
 
@@ -60,7 +60,10 @@ class TileSchedule:
         """
         assert rows % columns == 0, f"query tiles of {rows} rows are no multiple of {columns} columns"
         queries = -(-end_T.numel() // rows)
-        padded_T = torch.nn.functional.pad(end_T, (0, queries * rows - end_T.numel()))
+        # Tiles beyond the row never have their turn: whoever waited for them would wait for ever.
+        padded_T = torch.nn.functional.pad(
+            end_T.clamp(max=end_T.numel()), (0, queries * rows - end_T.numel())
+        )
         ends_KC = padded_T.view(-1, columns)
         first_row_Q1 = torch.arange(0, queries * rows, rows, device=end_T.device)[:, None]
         tile_K = torch.arange(ends_KC.shape[0], device=end_T.device)
@@ -90,37 +93,23 @@ class TileSchedule:
 
 @dataclass(frozen=True)
 class DocumentBounds:
-    """Bounds of one row on one device: `end_T` decides, the rest only saves work.
+    """Bounds of one row on one device: `end_T`, int32 [tokens], decides; the schedule only saves work.
 
-    `end_T` and `start_T` are int32 [tokens]; the schedule is made once and serves every layer.
+    Both are made once and serve every layer.
     """
 
     end_T: Tensor
-    start_T: Tensor
     schedule: TileSchedule
 
     @classmethod
     def from_end(cls, end_T: Tensor, pairs: int | None = None) -> "DocumentBounds":
-        """Derive the loop bounds. `start` is the first column whose `end` lies beyond the row.
+        """Bounds of a row, with the tiles that there are to compute.
 
         Args:
-            end_T: int32 [T].
+            end_T: int32 [T]; beyond T it means T.
             pairs: the sum of end - column, if the host knows it; the device is not asked. It decides how wide
                 the schedule's tiles are, and so the order of sums, but nothing else.
-
-        A row that sees nothing gets its own index. Intervals [col, end[col]) are nested or disjoint, so a
-        row's first visible column is the first column of the tree it lies in: the latest col such that every
-        earlier end is at or below it.
         """
-        tokens = end_T.numel()
-        index_T = torch.arange(tokens, device=end_T.device, dtype=end_T.dtype)
-        reach_T = torch.cummax(end_T, dim=0).values
-        previous_reach_T = torch.cat([reach_T.new_zeros(1), reach_T[:-1]])
-        starts_here_T = torch.where(previous_reach_T <= index_T, index_T, torch.zeros_like(index_T))
-        has_long_documents = pairs is not None and pairs > LONG_DOCUMENTS * tokens
+        has_long_documents = pairs is not None and pairs > LONG_DOCUMENTS * end_T.numel()
         columns = LONG_KEY_TILE if has_long_documents else SHORT_KEY_TILE
-        return cls(
-            end_T=end_T,
-            start_T=torch.cummax(starts_here_T, dim=0).values,
-            schedule=TileSchedule.from_end(end_T, columns=columns),
-        )
+        return cls(end_T=end_T, schedule=TileSchedule.from_end(end_T, columns=columns))

@@ -168,7 +168,7 @@ def launch_backward(problem: Problem, out_THD: Tensor, lse2_HT: Tensor, grad_THD
         problem.end_T, schedule.key_tiles_QK, schedule.num_key_tiles_Q, schedule.stop_Q,
         schedule.common_stop_Q, schedule.backward_order_W, problem.dropout_key,
         *qkv.stride()[1:3], schedule.key_tiles_QK.stride(0), tokens, problem.softmax_scale, problem.scale2,
-        *problem.dropout, num_tiles, heads,
+        *problem.dropout, problem.grid[1], heads,
     )  # fmt: skip
     constants = problem.constants | {"KEYS": schedule.columns, "QUERIES": size.queries}
     _backward[(2 * num_tiles,)](*arguments, **constants, **size.options())

@@ -22,7 +22,7 @@ from ..launch import require, require_kernel_device, require_kernel_dtype
 from ..opaque import opaque
 
 MAX_FEATURES = 16384
-"""A row has to fit the registers of one program."""
+"""The forward keeps a row in the registers of one program."""
 
 
 def layer_norm(x_TF: Tensor, weight_F: Tensor, bias_F: Tensor, eps: float) -> Tensor:

@@ -128,16 +128,14 @@ class FeedForward(MegatronModule):
 
     def __init__(self, config: TransformerConfig, ops: Ops, tp_group: Any) -> None:
         super().__init__(config=config)
-        self.ops = ops
         hidden, inner = config.hidden_size, config.ffn_hidden_size
-        self.linear_fc1 = column_parallel(config, hidden, inner, tp_group, relu=True)
+        self.linear_fc1 = column_parallel(config, hidden, inner, tp_group, ops.relu_gradient)
         self.linear_fc2 = row_parallel(config, inner, hidden, tp_group)
 
     def forward(self, hidden_T1F: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output [T, 1, F] and the bias that is still to be added."""
         inner_T1I, _ = self.linear_fc1(hidden_T1F)
-        # The GEMM has added the bias and taken the ReLU; its gradient is a pass of ours.
-        return self.linear_fc2(self.ops.relu_gradient(inner_T1I, self.linear_fc1.bias))
+        return self.linear_fc2(inner_T1I)
 
 
 class OPTLayer(MegatronModule, BaseTransformerLayer):

@@ -1,7 +1,7 @@
 """megatron-core's two parallel linears as OPT uses them: weights cut by columns, then by rows.
 
     qkv = column_parallel(config, F, 3 * F, tp_group)                # x W^T + b
-    inner = column_parallel(config, F, 4 * F, tp_group, relu=True)   # relu(x W^T + b)
+    inner = column_parallel(config, F, 4 * F, tp_group, ops.relu_gradient)    # relu(x W^T + b)
     outer = row_parallel(config, 4 * F, F, tp_group)                 # x W^T, parts summed over the ranks
 
 All return (output, bias): the bias where a later pass adds it, else None. megatron-core adds the bias of a
@@ -12,6 +12,7 @@ Shapes: T slots of the row (T / tensor size in, under sequence parallelism), F i
 here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,11 +37,15 @@ class _BiasInProduct(LinearWithGradAccumulationAndAsyncCommunication):
         gradient_accumulation_fusion: bool, allreduce_dgrad: bool, sequence_parallel: bool, tp_group: Any,
     ) -> Tensor:  # fmt: skip
         """The output [T, 1, C]; leaves in `ctx` what megatron-core's backward reads there."""
+        if not weight_CF.requires_grad:
+            raise ValueError(
+                "this linear trains its weight: got a frozen one; megatron-core's own layers allow both"
+            )
         ctx.save_for_backward(input_T1F, weight_CF)
         # Kept apart: a saved tensor must not change before the backward, and this one is being summed into.
         has_buffer = gradient_accumulation_fusion and hasattr(weight_CF, "main_grad")
         ctx.main_grad = weight_CF.main_grad if has_buffer else None  # type: ignore[attr-defined]
-        # After a ReLU the gradient of the bias is no sum of what arrives here: `ops.relu_gradient` makes it.
+        # After a ReLU the gradient of the bias is no sum of what arrives here: `relu_gradient` makes it.
         ctx.use_bias = not relu
         ctx.gradient_accumulation_fusion = gradient_accumulation_fusion
         ctx.allreduce_dgrad, ctx.sequence_parallel = allreduce_dgrad, sequence_parallel
@@ -68,27 +73,32 @@ class _BiasInProduct(LinearWithGradAccumulationAndAsyncCommunication):
 class _ColumnParallel(ColumnParallelLinear):
     """megatron-core's module around the product above."""
 
-    def __init__(self, *arguments: Any, relu: bool, **options: Any) -> None:
+    def __init__(self, *arguments: Any, relu_gradient: Callable[..., Tensor] | None, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.relu = relu
+        self.relu_gradient = relu_gradient
 
     def _forward_impl(
         self, input: Tensor, weight: Tensor, bias: Tensor, *, gradient_accumulation_fusion: bool,
         allreduce_dgrad: bool, sequence_parallel: bool, tp_group: Any, **unused: None,
     ) -> Tensor:  # fmt: skip
-        return _BiasInProduct.apply(
-            input, weight, bias, self.relu, gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel,
+        has_relu = self.relu_gradient is not None
+        output = _BiasInProduct.apply(
+            input, weight, bias, has_relu, gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel,
             tp_group,
         )  # fmt: skip
+        return output if self.relu_gradient is None else self.relu_gradient(output, bias)
 
 
 def column_parallel(
-    config: TransformerConfig, inputs: int, outputs: int, tp_group: Any, relu: bool = False
+    config: TransformerConfig,
+    inputs: int,
+    outputs: int,
+    tp_group: Any,
+    relu_gradient: Callable[..., Tensor] | None = None,
 ) -> ColumnParallelLinear:
     """A linear with bias whose output features are divided over the tensor ranks.
 
-    With `relu` its output goes through `ops.relu_gradient(output, linear.bias)`, which owns the ReLU's
-    backward.
+    With `relu_gradient` (`ops.py`), which has the backward of bias and ReLU, it takes the ReLU of its output.
     """
     return _ColumnParallel(
         inputs,
@@ -98,7 +108,7 @@ def column_parallel(
         # The next linear is cut by rows and takes the parts as they are.
         gather_output=False,
         tp_group=tp_group,
-        relu=relu,
+        relu_gradient=relu_gradient,
     )
 
 

@@ -34,7 +34,7 @@ class Adam(torch.optim.Optimizer):
         for group in self.param_groups:
             group.update(betas=betas, eps=eps, step=0)
         self.gradient_factor = 1.0
-        """What the next update multiplies gradients by."""
+        """What the next update, and that alone, multiplies gradients by; it leaves them so."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -69,6 +69,7 @@ class Adam(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
+        self.gradient_factor = 1.0
 
     def _create_state(self, params: list[torch.Tensor]) -> None:
         for param in params:

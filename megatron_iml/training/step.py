@@ -62,9 +62,9 @@ def train_step(
         require_finite(loss, grad_norm, engine.config.training.output_directory)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    if before_update is not None:
-        before_update()
     if not overflowed:
+        if before_update is not None:
+            before_update()
         clip(optimizer, grad_norm, engine.config.optimizer.clip_grad)
         optimizer.step_with_ready_grads()
     # Elsewhere it is 1, but on the device: reading it would wait for the whole update.

@@ -15,7 +15,7 @@ from itertools import product
 
 import pytest
 import runs
-from pool import Pool
+from pool import Pool, RemoteError
 
 from megatron_iml.config import ParallelConfig
 
@@ -184,8 +184,10 @@ def test_without_our_remedy_a_trap_is_sprung(pool: Pool, single: runs.Outcome, n
     if pool.on_gpus and "messages" in name:
         pytest.skip("seen on gloo; NCCL pairs messages otherwise")
     ranks, parallel, engine_fields = TRAPS[name]
-    outcomes = pool.run(runs.train_unlike, ranks, config_of(parallel), 2, engine_fields)
-    with pytest.raises(AssertionError, match=r"(loss|gradient norm) of step"):
+    # Memory that was given back may hold anything, a NaN too, which ends the run by itself.
+    sprung = r"(loss|gradient norm) of step|the run has diverged"
+    with pytest.raises((AssertionError, RemoteError), match=sprung):
+        outcomes = pool.run(runs.train_unlike, ranks, config_of(parallel), 2, engine_fields)
         assert_same_steps(outcomes[-1].steps, single.steps[:2], name)
 
 

@@ -1,4 +1,4 @@
-"""`start_T` and the tile schedule against their definitions, and the trees of the module's head."""
+"""The tile schedule against its definition, and the tree of the module's head."""
 
 import pytest
 import torch
@@ -6,34 +6,6 @@ from forests import random_end
 
 from megatron_iml.kernels.document_attention import DocumentBounds
 from megatron_iml.kernels.document_attention.bounds import LONG_DOCUMENTS, TileSchedule
-
-
-def first_visible(end: list[int], row: int) -> int:
-    """The definition, literally: the first column a row sees; its own index if it sees none."""
-    return next((col for col in range(row + 1) if row < end[col]), row)
-
-
-@pytest.mark.parametrize(
-    ("end", "start"),
-    [
-        ([3, 3, 3, 5, 5, 5], [0, 0, 0, 3, 3, 5]),  # two documents, then padding
-        ([5, 5, 4, 4, 5], [0, 0, 0, 0, 0]),  # a trunk of 2 slots with branches of 2 and 1
-        ([1, 2, 3], [0, 1, 2]),  # documents of one slot
-        ([0, 1, 2], [0, 1, 2]),  # nothing but padding
-        ([0, 3, 3, 3, 6, 6], [0, 1, 1, 3, 4, 4]),  # padding before and between
-    ],
-)
-def test_by_hand(end: list[int], start: list[int]) -> None:
-    assert DocumentBounds.from_end(torch.tensor(end, dtype=torch.int32)).start_T.tolist() == start
-
-
-def test_start_is_the_first_visible_column() -> None:
-    for seed in range(500):
-        end_T = random_end(seed)
-        start_T = DocumentBounds.from_end(end_T).start_T
-        assert start_T.dtype == torch.int32
-        expected = [first_visible(end_T.tolist(), row) for row in range(end_T.numel())]
-        assert start_T.tolist() == expected, f"seed {seed}: end {end_T.tolist()}"
 
 
 def seen(end_T: torch.Tensor) -> torch.Tensor:
@@ -80,3 +52,19 @@ def test_wide_tiles_for_long_documents_only() -> None:
     pairs = 8 * LONG_DOCUMENTS
     widths = [DocumentBounds.from_end(end_T, n).schedule.columns for n in (None, pairs, pairs + 1)]
     assert widths == [32, 32, 64]
+
+
+def test_the_tree_of_the_modules_head() -> None:
+    schedule = TileSchedule.from_end(torch.tensor([5, 5, 4, 4, 5], dtype=torch.int32), 2, 2)
+    counts = schedule.num_key_tiles_Q.tolist()
+    tiles = [
+        [entry >> 1 for entry in row[:n]]
+        for row, n in zip(schedule.key_tiles_QK.tolist(), counts, strict=True)
+    ]
+    assert tiles == [[0], [0, 1], [0, 2]]
+
+
+def test_an_end_beyond_the_row_is_the_rows() -> None:
+    within, beyond = (torch.full((70,), end, dtype=torch.int32) for end in (70, 200))
+    one, other = (TileSchedule.from_end(end_T) for end_T in (within, beyond))
+    assert all(torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True))

@@ -254,6 +254,35 @@ def test_repeats_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
     assert_repeats_equal(op, inputs, [normal(tokens, 2, 64, seed=2, dtype=dtype).detach()], repeats)
 
 
+def test_a_gradient_may_begin_anywhere() -> None:
+    end_T = ENDS["padding behind"].to(DEVICE)
+    tokens = end_T.numel()
+    qkv = normal(tokens, 2, 3, 16, seed=1, dtype=torch.float32)
+    gradient = normal(tokens, 2, 16, seed=2, dtype=torch.float32).detach()
+    # Contiguous, but 4 bytes off what the copy engine counts in.
+    shifted = torch.cat([gradient.new_zeros(1), gradient.flatten()])[1:].view_as(gradient)
+    assert shifted.data_ptr() % 16
+    (out,) = attend(end_T, 0.0, qkv)
+    found, expected = (torch.autograd.grad(out, qkv, g, retain_graph=True)[0] for g in (shifted, gradient))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pairs", [None, LONG_DOCUMENTS * 10**6])
+def test_more_programs_than_run_at_once(pairs: int | None) -> None:
+    # 6,144 turns of the backward, where an H100 holds 264: those that wait do so across the device.
+    end_T = random_forest_end(3, 16384, 2048).to(DEVICE)
+    op = functools.partial(attend, end_T, 0.1, pairs=pairs)
+    qkv = normal(16384, 12, 3, 64, seed=1, dtype=torch.bfloat16)
+    gradient = normal(16384, 12, 64, seed=2, dtype=torch.bfloat16).detach()
+    assert_repeats_equal(op, {"qkv": qkv}, [gradient], 50)
+    # A head by itself has few enough programs to run all at once.
+    found = run_op(op, {"qkv": qkv}, [gradient])["gradient of qkv"]
+    alone = qkv.detach()[:, :1].clone().requires_grad_()
+    expected = run_op(op, {"qkv": alone}, [gradient[:, :1]])["gradient of qkv"]
+    assert torch.equal(found[:, :1], expected)
+
+
 @pytest.mark.slow  # importing the compiler takes half a minute
 def test_under_torch_compile() -> None:
     bounds = DocumentBounds.from_end(ENDS["padding behind"].to(DEVICE))
@@ -275,19 +304,25 @@ def test_a_cuda_graph_draws_new_masks_and_sees_new_documents() -> None:
     end_T, key = ends[0].clone(), key_tensor(1, DEVICE)
     qkv = normal(512, 2, 3, 64, seed=1, dtype=torch.bfloat16).detach()
 
-    def step() -> Tensor:
-        return document_attention(qkv, DocumentBounds.from_end(end_T), 0.125, 0.1, key)
+    gradient = normal(512, 2, 64, seed=2, dtype=torch.bfloat16).detach()
+
+    def step() -> tuple[Tensor, Tensor]:
+        leaf = qkv.detach().requires_grad_()
+        out = document_attention(leaf, DocumentBounds.from_end(end_T), 0.125, 0.1, key)
+        return out.detach(), torch.autograd.grad(out, leaf, gradient)[0]
 
     step()  # compiles, which a capture must not
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = step()
+        replayed = step()
     for new_end_T, new_key in ((ends[1], 2), (ends[0], 3)):
         end_T.copy_(new_end_T)
         key.fill_(new_key)
+        qkv.mul_(1.25)
+        gradient.neg_()
         graph.replay()
-        assert torch.equal(out, step())
+        assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
 
 
 def test_no_slots() -> None:

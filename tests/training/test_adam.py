@@ -128,8 +128,9 @@ def test_the_factor_is_on_the_gradients() -> None:
     ours, theirs = parameters(), parameters()
     adam, plain = Adam(groups(ours), BETAS, EPS), Adam(groups(theirs), BETAS, EPS)
     # A power of two, so that scaling rounds nothing; eps keeps Adam from being blind to it.
-    adam.gradient_factor = 0.25
     for step in range(5):
+        # For one update at a time.
+        adam.gradient_factor = 0.25
         for param, other, gradient in zip(ours, theirs, gradients(step), strict=True):
             param.grad, other.grad = gradient.clone(), 0.25 * gradient
         adam.step()

@@ -42,7 +42,11 @@ def with_bounds(change: Callable[[Tensor], Tensor]) -> Attention:
 def sees_the_future(qkv: Tensor, bounds: DocumentBounds, softmax_scale: float, **unused: float) -> Tensor:
     """Everything of the same tree, later slots too: a trunk then sees its branches."""
     q, k, v = qkv.permute(2, 1, 0, 3)
-    same = bounds.start_T[:, None] == bounds.start_T[None, :]
+    # A tree begins where no earlier slot's end reaches.
+    reach_T = torch.cummax(bounds.end_T, 0).values
+    begins_T = torch.cat([reach_T.new_zeros(1), reach_T[:-1]]) <= torch.arange(len(reach_T))
+    tree_T = begins_T.cumsum(0)
+    same = tree_T[:, None] == tree_T[None, :]
     return (torch.softmax((softmax_scale * q @ k.mT).masked_fill(~same, -1e30), -1) @ v).transpose(0, 1)
 
 

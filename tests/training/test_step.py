@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from megatron_iml.config import Config
 from megatron_iml.data.rows.assemble import Piece, Row, assemble_row
 from megatron_iml.model.parameters import named_global_parameters
 from megatron_iml.training.engine import Engine
+from megatron_iml.training.optimizer import clip
 from megatron_iml.training.rows import StepRows
 from megatron_iml.training.step import StepResult, train_step
 
@@ -92,8 +94,58 @@ def test_a_count_that_is_not_the_plans_stops_the_run() -> None:
 def test_a_run_that_has_diverged_stops() -> None:
     with runs.alone(runs.run_config()) as engine:
         engine.chunks[0].decoder.final_layernorm.weight.data.fill_(float("nan"))
+        before, steps = clones(engine), [group["step"] for group in adam_groups(engine)]
         with pytest.raises(FloatingPointError, match="the run has diverged"):
             train_step(engine, step_rows(runs.rows_of_step(0, 96)), 1e-3)
+        after = clones(engine)
+        assert all(torch.equal(before[name], after[name]) for name in before if "final_layernorm" not in name)
+        assert [group["step"] for group in adam_groups(engine)] == steps
+
+
+def adam_groups(engine: Engine) -> list[dict[str, Any]]:
+    """Parameter groups of the one optimizer."""
+    (distributed,) = engine.optimizer.chained_optimizers
+    return distributed.optimizer.param_groups
+
+
+def test_whoever_reads_the_weights_is_asked_before_they_change() -> None:
+    with runs.alone(runs.run_config()) as engine:
+        before, asked = clones(engine), []
+        rows = step_rows(runs.rows_of_step(0, 96))
+        train_step(engine, rows, 1e-3, before_update=lambda: asked.append(clones(engine)))
+        assert len(asked) == 1
+        assert all(torch.equal(before[name], asked[0][name]) for name in before)
+        assert any(not torch.equal(before[name], value) for name, value in clones(engine).items())
+
+
+@pytest.mark.parametrize(
+    ("norm", "most", "factor"), [(2.0, 1.0, 0.49999975), (0.5, 1.0, 1.0), (9.0, 0.0, 1.0)]
+)
+def test_clipping_scales_a_gradient_that_is_too_long(norm: float, most: float, factor: float) -> None:
+    with runs.alone(runs.run_config()) as engine:
+        clip(engine.optimizer, norm, most)
+        (distributed,) = engine.optimizer.chained_optimizers
+        assert distributed.optimizer.gradient_factor == pytest.approx(factor, rel=1e-9)
+
+
+def test_a_clipped_step_is_that_of_the_clipped_gradient() -> None:
+    # eps as large as a gradient, or Adam's first step is the same at any length.
+    config = runs.run_config()
+    optimizer = dataclasses.replace(config.optimizer, adam_eps=0.1, clip_grad=1e-2, weight_decay=0.0)
+    config = dataclasses.replace(config, optimizer=optimizer)
+    with runs.alone(config) as engine:
+        before = clones(engine)
+        result = train_step(engine, step_rows(runs.rows_of_step(0, 96)), 1e-2)
+        assert result.grad_norm > 0.1
+        for name, parameter in named_global_parameters(engine.chunks):
+            # The update leaves the gradient clipped. Its first step is lr * g / (|g| + eps).
+            gradient = parameter.main_grad
+            expected = before[name] - 1e-2 * gradient / (gradient.abs() + 0.1)
+            torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-7)
+        squares = sum(
+            float(p.main_grad.double().pow(2).sum()) for _, p in named_global_parameters(engine.chunks)
+        )
+        assert math.sqrt(squares) == pytest.approx(1e-2, rel=1e-3)
 
 
 def test_learning_rate_and_clipping_reach_the_update() -> None:
