@@ -38,7 +38,7 @@ types: .venv/dev.stamp ## mypy
 	$(BIN)/mypy
 
 clean: ## remove what these targets made; runs/ stays
-	rm -rf .venv demo build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/demo.stamp: extras := triton,demo

@@ -15,9 +15,14 @@ export TORCH_COMPILE_DISABLE=1 TORCHDYNAMO_DISABLE=1
 
 say() { printf '\n== %s\n' "$*"; }
 
-# Every part is fast enough to be made anew; a half written folder of an earlier try is of no use.
+# Every part is fast enough to be made anew; a half written folder of an earlier try is of no use. But only that.
+if [[ -n "$(ls -A "$folder" 2>/dev/null)" && ! -f "$folder/.demo" ]]; then
+    echo "$folder holds something that this demo did not make: got it as FOLDER; name a new or an empty one" >&2
+    exit 2
+fi
 rm -rf "$folder"
 mkdir -p "$folder"
+touch "$folder/.demo"
 cp "$here/train.yaml" "$folder/train.yaml"
 cd "$folder"
 

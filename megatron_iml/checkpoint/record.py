@@ -112,10 +112,13 @@ def read_record(folder: Path) -> Record:
     """
     marker = folder / MARKER
     if not marker.is_file():
-        names = [path.name for path in complete_checkpoints(folder.parent)]
+        inside = [path.name for path in complete_checkpoints(folder)]
+        beside = [path.name for path in complete_checkpoints(folder.parent)]
+        others = (
+            f"name one of those in it: {inside}" if inside else f"complete ones beside it: {beside or 'none'}"
+        )
         raise FileNotFoundError(
-            f"{folder} is no complete checkpoint: it has no {MARKER}, which is written last; "
-            f"complete ones beside it: {names or 'none'}"
+            f"{folder} is no complete checkpoint: it has no {MARKER}, which is written last; {others}"
         )
     # Whatever is wrong with the text, the remedy is the same.
     damaged = ValueError(f"{marker} is damaged: go on from another checkpoint, or copy this one again")

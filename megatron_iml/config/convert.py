@@ -63,9 +63,12 @@ def unknown_key(key: str) -> str:
     # A right name in the wrong section is the commonest slip, and edit distance ranks it badly.
     elsewhere = [known for known in known_keys() if known.rpartition(".")[2] == key.rpartition(".")[2]]
     sections = list(field_types(Config))
-    nearest = elsewhere or get_close_matches(key, [*known_keys(), *sections], n=3, cutoff=0.6)
-    section = key.partition(".")[0]
+    section, _, name = key.partition(".")
     siblings = [known.partition(".")[2] for known in known_keys() if known.startswith(section + ".")]
+    # The section is probably right: its name would make every field of it look near.
+    near = [f"{section}.{sibling}" for sibling in get_close_matches(name, siblings, n=2, cutoff=0.7)]
+    others = [known for known in (*known_keys(), *sections) if known != section]
+    nearest = elsewhere or near or get_close_matches(key, others, n=1, cutoff=0.6)
     allowed = f"in {section}: {', '.join(siblings)}" if siblings else f"the sections {', '.join(sections)}"
     # A far-fetched guess would be worse than none.
     remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "remove it"

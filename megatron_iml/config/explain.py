@@ -146,7 +146,7 @@ def _sent(config: Config, world_size: int) -> Iterator[str]:
         message = hidden / (tp if parallel.sequence_parallel else 1)
         yield (
             f"  every row: hidden states of {_size(message)} to the next stage and as much gradient back, "
-            f"over {num_chunks(config) - 1} borders between chunks"
+            f"over {num_chunks(config) - 1} border{'s' * (num_chunks(config) > 2)} between chunks"
         )
     largest = max(stage_parameters(config, stage) for stage in range(pp))
     if dp > 1:

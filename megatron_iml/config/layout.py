@@ -110,8 +110,8 @@ def world_is_divisible(config: Config, world_size: int) -> str | None:
         "world size",
         world_size,
         f"a multiple of tensor x pipeline = {tp} x {pp} = {tp * pp}",
-        "start another number of ranks, or change parallel.tensor_model_parallel_size or "
-        "parallel.pipeline_model_parallel_size",
+        "start another number of ranks (with --explain or --dry-run give --world-size), or change "
+        "parallel.tensor_model_parallel_size or parallel.pipeline_model_parallel_size",
     )
 
 

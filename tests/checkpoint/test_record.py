@@ -51,6 +51,8 @@ def test_complete_checkpoints_are_those_with_a_name_and_a_record(tmp_path: Path)
     write_checkpoint(tmp_path, 50).rename(tmp_path / "iter_0000050.removed")
     names = [folder.name for folder in complete_checkpoints(tmp_path)]
     assert names == ["iter_0000020", "iter_9999999", "iter_10000000"]
+    with pytest.raises(FileNotFoundError, match=r"is no complete checkpoint.* in it: \['iter_0000020', "):
+        read_record(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"iter_0000030 is no complete checkpoint.*'iter_0000020', "):
         read_record(tmp_path / "iter_0000030")
 

@@ -34,7 +34,9 @@ def open_source(path: Path, num_attention_heads: int | None = None) -> Source:
         ValueError: if it is none of the formats, or not a whole OPT.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; name a checkpoint")
+        raise FileNotFoundError(
+            f"{path}: no such file or folder; name a checkpoint on this disk (download a hub's model first)"
+        )
     if not is_foreign(path):
         return NativeSource(path)
     if (path / "config.json").is_file():

@@ -155,7 +155,13 @@ def blend_tasks(mixture: Mixture, tasks: Sequence[TaskSize], slots: float) -> Bl
     # So small a scale that no bound is felt: slots then grow with it evenly.
     per_scale = float(recipe.draws(TOLERANCE) @ slots_K) / TOLERANCE
     if per_scale == 0:
-        raise ValueError("no document of the mixture fits a row; raise row_length")
+        if not recipe.draws(TOLERANCE).any():
+            names = ", ".join(sorted({task.benchmark for task in tasks}))
+            raise ValueError(
+                f"the mixture draws nothing from this corpus: it holds {names}, all of proportion 0; give "
+                "one of them a proportion, or build the corpus from benchmarks that the mixture draws"
+            )
+        raise ValueError("no document of the mixture fits a row; raise --row-length")
     # A bound may cost slots or bring some (its draws go to longer documents), so the scale is on either side.
     low, high = 0.0, slots / per_scale
     out_of_reach = high * LARGEST_GROWTH
