@@ -9,7 +9,8 @@ trunks with eight branches, whose peer is our own kernel on plain documents with
 FlashAttention-2 varlen as torch ships it, FlexAttention with a document mask (and the time to build it), SDPA
 with a dense mask per 2,048 slots, and cuDNN's dense causal attention, which ignores documents, for
 orientation. Before a case is timed, the op must keep the error budget of `kernels/testing.py` on the first
-4,096 slots of its row; if it does not, the program ends without writing a number.
+4,096 slots of its row; if it does not, the program ends without a number of that case or any after it. Files
+are written after every case and say that they are incomplete until the last one.
 """
 
 import argparse
@@ -221,7 +222,9 @@ def slow_rows(mix: str, pool: Sequence[int] | np.ndarray, shape: tuple[int, int,
     """The same against peers that compile for long, or that compute far more than they need."""
     heads, head_dim, slots = shape
     lengths = draw(pool, slots)
-    ours = time_ours(documents_end(lengths).cuda(), heads, head_dim)
+    end_T = documents_end(lengths).cuda()
+    check(end_T, heads, head_dim)
+    ours = time_ours(end_T, heads, head_dim)
     for peer, theirs in time_dense(lengths, heads, head_dim):
         yield from compare(mix, shape, peer, ours, theirs)
     flex = time_flex(lengths, heads, head_dim)
@@ -256,19 +259,20 @@ def all_rows(lengths: Path | None) -> Iterator[Row]:
             yield from slow_rows(mix, pool, shape)
 
 
-def write(rows: list[Row], folder: Path, command: str) -> None:
+def write(rows: list[Row], folder: Path, command: str, is_whole: bool) -> None:
     """CSV with every digit, Markdown for reading, a plot for seeing."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     with (folder / "document_attention.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+    unfinished = "" if is_whole else " **Incomplete: the run was cut short.**"
     lines = [
         "# Document attention", "",
         f"{torch.cuda.get_device_name()}; Python {platform.python_version()}, torch {torch.__version__}, "
         f"triton {triton.__version__}; commit {commit.stdout.strip()}; `{command}`. {DTYPE}, milliseconds, "
         "medians with the cache flushed before each repeat; 20th to 80th percentile in brackets. Ours and "
-        "FlashAttention are replays of CUDA graphs.", "",
+        f"FlashAttention are replays of CUDA graphs.{unfinished}", "",
         "| mix | heads x size, slots | direction | ours | peer | its time | speed-up |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -306,10 +310,11 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("document_attention: no GPU; the benchmark times GPU kernels, run it where there is one")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
+    command, rows = " ".join(["python", *sys.argv]), list[Row]()
     for row in all_rows(arguments.lengths):
         rows.append(row)
-        write(rows, arguments.output, " ".join(["python", *sys.argv]))
+        write(rows, arguments.output, command, is_whole=False)
+    write(rows, arguments.output, command, is_whole=True)
     print((arguments.output / "document_attention.md").read_text())
 
 

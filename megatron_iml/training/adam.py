@@ -34,7 +34,7 @@ class Adam(torch.optim.Optimizer):
         for group in self.param_groups:
             group.update(betas=betas, eps=eps, step=0)
         self.gradient_factor = 1.0
-        """What the next update, and that alone, multiplies gradients by; it leaves them so."""
+        """What the next update, and that alone, multiplies gradients by; they stay so."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
