@@ -55,7 +55,7 @@ def find_files(folder: Path) -> tuple[Path, Path]:
             return vocab, merges
     allowed = " or ".join(" + ".join(pair) for pair in FILE_NAMES)
     raise FileNotFoundError(
-        f"{folder.absolute()} holds no tokenizer: expected {allowed}; "
+        f"{folder} holds no tokenizer: expected {allowed}; "
         "point to OPT's folder or train one with tools/preprocess/train_tokenizer.py"
     )
 

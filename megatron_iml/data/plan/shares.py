@@ -161,7 +161,7 @@ def blend_tasks(mixture: Mixture, tasks: Sequence[TaskSize], slots: float) -> Bl
                 f"the mixture draws nothing from this corpus: it holds {names}, all of proportion 0; give "
                 "one of them a proportion, or build the corpus from benchmarks that the mixture draws"
             )
-        raise ValueError("no document of the mixture fits a row; raise --row-length")
+        raise ValueError("no document of the mixture fits a row; raise row_length")
     # A bound may cost slots or bring some (its draws go to longer documents), so the scale is on either side.
     low, high = 0.0, slots / per_scale
     out_of_reach = high * LARGEST_GROWTH
