@@ -5,7 +5,7 @@
 
 The gradient is not registered here: ops put such launches into a torch.autograd.Function, which torch.compile
 traces. So a launch costs the host some 4 microseconds more than a call of Python does; a registered gradient
-or `torch.library.custom_op` would cost ten times that, and a step of 24 layers makes some 300 launches.
+or torch's `custom_op` would cost ten times that, and a step of 24 layers makes some 300 launches.
 """
 
 from collections.abc import Callable

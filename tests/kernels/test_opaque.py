@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import DEVICE, normal
-from torch import Tensor
+from torch import Tensor, library
 
 from megatron_iml.kernels.bias_relu import bias_relu, relu_gradient
 from megatron_iml.kernels.bias_relu import op as bias_relu_op
@@ -78,14 +78,14 @@ LAUNCHES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 def test_a_launch_is_what_it_is_registered_as(name: str) -> None:
     launch, arguments = LAUNCHES[name]
     # Its schema names what it writes to; its fake returns the shapes, types and strides of the real results.
-    torch.library.opcheck(launch, arguments, test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(launch, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.slow  # importing the compiler takes half a minute
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_a_launch_can_be_compiled_for_any_size(name: str) -> None:
     launch, arguments = LAUNCHES[name]
-    torch.library.opcheck(launch, arguments)
+    library.opcheck(launch, arguments)
 
 
 def loss_of_layer(inputs: list[Tensor], key: Tensor) -> Tensor:
