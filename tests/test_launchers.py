@@ -45,6 +45,22 @@ def test_the_cpu_launcher_starts_so_many_processes(tmp_path: Path) -> None:
     )
 
 
+def test_the_cpu_launcher_starts_nothing_with_a_wrong_configuration(tmp_path: Path) -> None:
+    python = stand_in(
+        tmp_path, "python", '[[ "$*" == *--explain* ]] && { echo wrong >&2; exit 2; }; echo started'
+    )
+    done = launch("train_cpu.sh", "train.yaml", PYTHON=str(python))
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "wrong\n")
+
+
+def test_the_demo_removes_nothing_but_a_demo(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    done = launch("demo/run.sh", str(tmp_path), PYTHON="false")
+    assert done.returncode == 2
+    assert f"{tmp_path} holds something that this demo did not make" in done.stderr
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
 def test_the_node_launcher_takes_every_gpu(tmp_path: Path) -> None:
     python = stand_in(tmp_path, "python", 'echo "$CUDA_DEVICE_MAX_CONNECTIONS|$*"')
     done = launch("train_node.sh", "train.yaml", "training.steps=3", PYTHON=str(python))

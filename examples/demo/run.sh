@@ -17,7 +17,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 # Every part is fast enough to be made anew; a half written folder of an earlier try is of no use. But only that.
 if [[ -n "$(ls -A "$folder" 2>/dev/null)" && ! -f "$folder/.demo" ]]; then
-    echo "$folder holds something that this demo did not make: got it as FOLDER; name a new or an empty one" >&2
+    echo "$folder holds something that this demo did not make: got it as FOLDER; allowed: a new or an empty one; name another or remove it" >&2
     exit 2
 fi
 rm -rf "$folder"

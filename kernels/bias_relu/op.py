@@ -24,9 +24,7 @@ def bias_relu(x_TF: Tensor, bias_F: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, types or devices that do not go together.
     """
-    require_kernel_dtype("bias_relu", x_TF)
-    require("bias_relu", "x", x_TF, tuple(x_TF.shape), x_TF.dtype, x_TF.device)
-    require("bias_relu", "bias", bias_F, (x_TF.shape[-1],), x_TF.dtype, x_TF.device)
+    _check("bias_relu", "x", x_TF, bias_F)
     return _BiasReLU.apply(x_TF, bias_F)
 
 
@@ -40,10 +38,14 @@ def relu_gradient(y_TF: Tensor, bias_F: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, types or devices that do not go together.
     """
-    require_kernel_dtype("relu_gradient", y_TF)
-    require("relu_gradient", "y", y_TF, tuple(y_TF.shape), y_TF.dtype, y_TF.device)
-    require("relu_gradient", "bias", bias_F, (y_TF.shape[-1],), y_TF.dtype, y_TF.device)
+    _check("relu_gradient", "y", y_TF, bias_F)
     return _ReLUGradient.apply(y_TF, bias_F)
+
+
+def _check(op: str, name: str, matrix_TF: Tensor, bias_F: Tensor) -> None:
+    require_kernel_dtype(op, matrix_TF)
+    require(op, name, matrix_TF, tuple(matrix_TF.shape), matrix_TF.dtype, matrix_TF.device)
+    require(op, "bias", bias_F, (matrix_TF.shape[-1],), matrix_TF.dtype, matrix_TF.device)
 
 
 def _bias_relu_forward(x_TF: Tensor, bias_F: Tensor) -> Tensor:

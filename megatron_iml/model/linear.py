@@ -39,7 +39,7 @@ class _BiasInProduct(LinearWithGradAccumulationAndAsyncCommunication):
         """The output [T, 1, C]; leaves in `ctx` what megatron-core's backward reads there."""
         if not weight_CF.requires_grad:
             raise ValueError(
-                "this linear trains its weight: got a frozen one; megatron-core's own layers allow both"
+                "this linear trains its weight: got a frozen one; allowed: requires_grad; leave it on"
             )
         ctx.save_for_backward(input_T1F, weight_CF)
         # Kept apart: a saved tensor must not change before the backward, and this one is being summed into.

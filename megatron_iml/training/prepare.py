@@ -79,8 +79,6 @@ def prepare(config: Config, layout: Layout) -> Run:
     # After the weights: what uninitialised ones give proves nothing.
     if config.training.self_test:
         run_self_test(engine)
-        # Its forward passes are none of the first step's.
-        engine.timer.take()
     # Last, so that a refused run leaves nothing behind.
     if layout.rank == 0:
         directory.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,12 @@ def leaks_in_the_backward(qkv: Tensor, bounds: DocumentBounds, **settings: float
     return document_attention_reference(LeakyGradient.apply(qkv), bounds, **settings)
 
 
+def test_its_passes_are_in_no_steps_time() -> None:
+    with runs.alone(runs.run_config()) as engine:
+        run_self_test(engine)
+        assert engine.timer.take() == 0.0
+
+
 BROKEN = {
     "no bounds at all": with_bounds(lambda end: torch.full_like(end, len(end))),
     "every bound one too far": with_bounds(lambda end: (end + 1).clamp(max=len(end))),

@@ -36,6 +36,13 @@ def task_shares(mixture: Mixture, tasks: list[TaskSize]) -> np.ndarray:
     return blend.shares_K
 
 
+def test_a_mixture_that_draws_nothing_names_what_is_there() -> None:
+    with pytest.raises(
+        ValueError, match=r"draws nothing from this corpus: it holds FLAN, all of proportion 0; give"
+    ):
+        blend_tasks(mixture(FLAN=(0.0, "examples")), [FLAN], SLOTS)
+
+
 def mixture(**shares: tuple[float, str]) -> Mixture:
     return Mixture(4096, {name: Proportion(part, unit) for name, (part, unit) in shares.items()})
 
