@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from train_step import packed_rows, step_rows
+from train_step import benchmark_config, packed_rows, step_rows
 
 from megatron_iml.checkpoint.load import check_share_of_files, load_run
 from megatron_iml.checkpoint.record import RunState, read_record
 from megatron_iml.checkpoint.staging import Gate
 from megatron_iml.checkpoint.store import CheckpointStore
-from megatron_iml.config import CheckpointConfig, Config, load_config, rows_per_step
+from megatron_iml.config import CheckpointConfig, Config, rows_per_step
 from megatron_iml.model.initialise import initialise
 from megatron_iml.parallel.groups import start_distributed, stop_distributed
 from megatron_iml.training.copies import digest
@@ -238,16 +238,7 @@ def measure(engine: Engine, steps: list[StepRows], arguments: argparse.Namespace
 def main() -> None:
     """Measure one way or both; rank 0 prints a line of JSON for each."""
     arguments = parse_arguments()
-    config = load_config(
-        None,
-        [
-            f"model.size={arguments.size}",
-            "model.initialisation=random",
-            f"data.row_length={arguments.row_length}",
-            f"training.global_batch_positions={arguments.rows * arguments.row_length}",
-            *arguments.overrides,
-        ],
-    )
+    config = benchmark_config(arguments, arguments.overrides)
     engine = filled_engine(config, arguments.draw_on_device)
     if dist.get_rank() == 0:
         shutil.rmtree(arguments.output, ignore_errors=True)

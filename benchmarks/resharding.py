@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from train_step import packed_rows, step_rows
+from train_step import benchmark_config, packed_rows, step_rows
 
 from megatron_iml.checkpoint.load import check_share_of_files, load_run
 from megatron_iml.checkpoint.record import RunState, read_record
 from megatron_iml.checkpoint.store import CheckpointStore
-from megatron_iml.config import CheckpointConfig, Config, ParallelConfig, load_config, rows_per_step
+from megatron_iml.config import CheckpointConfig, Config, ParallelConfig, rows_per_step
 from megatron_iml.model.initialise import initialise
 from megatron_iml.parallel.groups import leave_grid, start_distributed, stop_distributed
 from megatron_iml.training.engine import Engine, build_engine
@@ -111,16 +111,7 @@ def leave() -> None:
 def main() -> int:
     """Save under the first layout, go on under each; 1 if losses disagree."""
     arguments = parse_arguments()
-    config = load_config(
-        None,
-        [
-            f"model.size={arguments.size}",
-            "model.initialisation=random",
-            f"data.row_length={arguments.row_length}",
-            f"training.global_batch_positions={arguments.rows * arguments.row_length}",
-            *arguments.overrides,
-        ],
-    )
+    config = benchmark_config(arguments, arguments.overrides)
     # Joins the world under some layout, to learn how many ranks there are.
     start_distributed(config)
     leave_grid()

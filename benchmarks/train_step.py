@@ -39,6 +39,17 @@ from megatron_iml.training.step import train_step
 LONGEST = 2049
 
 
+def benchmark_config(arguments: argparse.Namespace, overrides: list[str]) -> Config:
+    """Random weights of --size, and a step of --rows rows of --row-length positions."""
+    named = [
+        f"model.size={arguments.size}",
+        "model.initialisation=random",
+        f"data.row_length={arguments.row_length}",
+        f"training.global_batch_positions={arguments.rows * arguments.row_length}",
+    ]
+    return load_config(None, [*named, *overrides])
+
+
 def document_lengths(path: Path | None, seed: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompt and target tokens of many documents, at most `longest` together."""
     rng = np.random.default_rng(seed)
@@ -145,17 +156,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     arguments = parser.parse_args()
     places = ("hidden", "attention", "embedding")
-    config = load_config(
-        None,
-        [
-            f"model.size={arguments.size}",
-            "model.initialisation=random",
-            f"data.row_length={arguments.row_length}",
-            f"training.global_batch_positions={arguments.rows * arguments.row_length}",
-            *(f"model.{place}_dropout={arguments.dropout}" for place in places),
-            *arguments.overrides,
-        ],
-    )
+    dropout = [f"model.{place}_dropout={arguments.dropout}" for place in places]
+    config = benchmark_config(arguments, [*dropout, *arguments.overrides])
     layout = start_distributed(config)
     engine = build_engine(config, layout)
     draw_on = layout.device if arguments.draw_on_device else torch.device("cpu")
