@@ -5,6 +5,7 @@ full_weights(outcomes)                              # {global name: whole tensor
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 from helpers import tiny_config
+from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
 from megatron_iml.checkpoint.record import RunState
@@ -192,6 +194,32 @@ def one_gradient(config: Config) -> Outcome:
     return Outcome((layout.tensor_rank, layout.pipeline_rank, layout.data_rank), steps, gradients)
 
 
+@contextmanager
+def poisoned_gifts(late: bool) -> Iterator[None]:
+    """Memory of sent outputs holds NaN from the moment it is given back, and this rank receives late.
+
+    A message that is still to be read then is caught every time: left to chance, the memory often keeps its
+    old values until a fast receiver has them.
+    """
+    give_back, receive = schedules.deallocate_output_tensor, torch.distributed.irecv
+
+    def poison_and_give_back(out: Any, deallocate_pipeline_outputs: bool = False) -> None:
+        if isinstance(out, Tensor) and deallocate_pipeline_outputs:
+            out.data.fill_(torch.nan)
+        give_back(out, deallocate_pipeline_outputs)
+
+    def receive_late(*args: Any, **kwargs: Any) -> Any:
+        if late:
+            time.sleep(0.1)
+        return receive(*args, **kwargs)
+
+    with (
+        mock.patch.object(schedules, "deallocate_output_tensor", poison_and_give_back),
+        mock.patch.object(torch.distributed, "irecv", receive_late),
+    ):
+        yield
+
+
 def train_unlike(config: Config, steps: int, engine_fields: dict[str, Any]) -> Outcome:
     """The same without the self-test, with fields of megatron-core's configuration set otherwise."""
 
@@ -203,7 +231,9 @@ def train_unlike(config: Config, steps: int, engine_fields: dict[str, Any]) -> O
 
     with mock.patch.object(build, "build_transformer_config", otherwise):
         engine = fresh_engine(config)
-    return outcome(engine, take_steps(engine, range(steps)))
+    last_stage = config.parallel.pipeline_model_parallel_size - 1
+    with poisoned_gifts(late=engine.layout.pipeline_rank == last_stage):
+        return outcome(engine, take_steps(engine, range(steps)))
 
 
 def full_weights(outcomes: Sequence[Outcome]) -> dict[str, Tensor]:
