@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 from helpers import tiny_config
-from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel import p2p_communication, schedules
 from torch import Tensor
 
 from megatron_iml.checkpoint.record import RunState
@@ -201,21 +201,21 @@ def poisoned_gifts(late: bool) -> Iterator[None]:
     A message that is still to be read then is caught every time: left to chance, the memory often keeps its
     old values until a fast receiver has them.
     """
-    give_back, receive = schedules.deallocate_output_tensor, torch.distributed.irecv
+    give_back, exchange = schedules.deallocate_output_tensor, p2p_communication._p2p_ops
 
     def poison_and_give_back(out: Any, deallocate_pipeline_outputs: bool = False) -> None:
         if isinstance(out, Tensor) and deallocate_pipeline_outputs:
             out.data.fill_(torch.nan)
         give_back(out, deallocate_pipeline_outputs)
 
-    def receive_late(*args: Any, **kwargs: Any) -> Any:
+    def exchange_late(**messages: Any) -> Any:
         if late:
             time.sleep(0.1)
-        return receive(*args, **kwargs)
+        return exchange(**messages)
 
     with (
         mock.patch.object(schedules, "deallocate_output_tensor", poison_and_give_back),
-        mock.patch.object(torch.distributed, "irecv", receive_late),
+        mock.patch.object(p2p_communication, "_p2p_ops", exchange_late),
     ):
         yield
 
