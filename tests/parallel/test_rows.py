@@ -55,34 +55,44 @@ def test_balance_on_rows_of_real_spread() -> None:
 
 
 @pytest.mark.skipif(not LENGTHS.is_file(), reason=f"real document lengths are not at {LENGTHS}")
-@pytest.mark.parametrize("ranks", [2, 4, 8, 64])
-@pytest.mark.parametrize("rows_per_rank", [4, 8])
-def test_balance_on_real_documents(real_rows: dict[str, np.ndarray], ranks: int, rows_per_rank: int) -> None:
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8, 64])
+@pytest.mark.parametrize("rows_per_rank", [4, 5, 6, 8])
+def test_balance_on_real_documents(
+    real_rows: list[dict[str, np.ndarray]], ranks: int, rows_per_rank: int
+) -> None:
     rows = rows_per_rank * ranks
-    for costs in real_rows.values():
-        for first in range(0, len(costs) - rows + 1, rows)[:300]:
-            step = costs[first : first + rows]
-            loads = [step[dealt].sum() for dealt in deal_rows(step.tolist(), ranks)]
-            assert max(loads) / np.mean(loads) <= 1.01
+    for plan in real_rows:
+        for costs in plan.values():
+            for first in range(0, len(costs) - rows + 1, rows)[:300]:
+                step = costs[first : first + rows]
+                loads = [step[dealt].sum() for dealt in deal_rows(step.tolist(), ranks)]
+                assert max(loads) / np.mean(loads) <= 1.01
 
 
 @pytest.fixture(scope="module")
-def real_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """Useful FLOPs of rows of 2,048 slots with 200,000 real documents, by model size."""
+def real_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, np.ndarray]]:
+    """Useful FLOPs of rows of 2,048 slots with 200,000 real documents, by model size, of plans by seed."""
     stored = np.load(LENGTHS)
     folder = tmp_path_factory.mktemp("rows")
     corpus = write_lengths(folder / "corpus", {"A__b__c": (stored["prompt_len"], stored["target_len"])})
-    plan = plan_of(corpus, PackingConfig(Mixture(), row_length=2048, rows=None, seed=1), folder / "plan")
-    sums = np.stack([plan.slots_R, plan.targets_R, plan.pairs_R]).astype(float)
-    models = {}
-    for name, size in OPT_SIZES.items():
-        models[name] = ModelConfig(
+    models = {
+        name: ModelConfig(
             num_layers=size.num_layers,
             hidden_size=size.hidden_size,
             ffn_hidden_size=4 * size.hidden_size,
             num_attention_heads=size.num_attention_heads,
         )
-    return {name: row_flops(model, *sums) for name, model in models.items()}
+        for name, size in OPT_SIZES.items()
+        # The smaller a model, the more its rows differ.
+        if name in ("opt-125m", "opt-1.3b")
+    }
+    plans = []
+    for seed in (1, 2):
+        config = PackingConfig(Mixture(), row_length=2048, rows=None, seed=seed)
+        plan = plan_of(corpus, config, folder / f"plan{seed}")
+        sums = np.stack([plan.slots_R, plan.targets_R, plan.pairs_R]).astype(float)
+        plans.append({name: row_flops(model, *sums) for name, model in models.items()})
+    return plans
 
 
 def test_rows_as_they_lie_where_swaps_do_not_help() -> None:

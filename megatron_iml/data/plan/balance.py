@@ -7,27 +7,60 @@ sees to what meets:
     trade_alike   a heavy row gives a document for one of as many slots that costs less, in a lighter row
     even_out      what the last row lacks is taken from the lightest rows, which makes them lighter still
     group_rows    each heavy row lies with light ones: costs 9 3 5 5 | 8 4 4 6, the mean of four is 22
+    trade_alike   a heavy group gives documents, as a heavy row did
+    space_groups  groups with heavy rows lie apart: one of the third that has the heaviest in every three
+
+The last is for ranks of five, six or seven rows: two ranks cannot share three groups of the kind 9 3 3 3.
 
 How much it helps depends on the model: the smaller, the more its rows differ. Costs are those of OPT-125M in
 visible pairs: of all its useful FLOPs (docs/decisions.md) a slot takes 6 x hidden, a target vocabulary /
 (2 x layers). The number of ranks plays no part.
 
-Suffixes: W documents, or trees of them, R rows of a window.
+Suffixes: W documents, or trees of them, R rows of a window, G groups.
 """
 
 from bisect import bisect_left
 
 import numpy as np
 
-from megatron_iml.data.plan.shuffle import Int64
+from megatron_iml.data.plan.shuffle import Int64, permute, words
 
 GROUP_ROWS = 4
 PAIRS_PER_SLOT = 6 * 768
 PAIRS_PER_TARGET = 50272 // (2 * 12)
 # A row that costs this much more than the mean finds three light ones for company; most rows cost 0.93 to 1.
-HEAVY = 1.1
+HEAVY_ROW = 1.1
+# Half of what the heaviest rank may be above the mean: the means of steps differ too.
+HEAVY_GROUP = 1.005
 # A row that lacks this part of its slots is evened out by the light company it keeps, or is it.
 SMALL_PART = 32
+# Of real groups less than a third has a row far above the mean.
+STRATA = 3
+
+
+def place_rows(slots_W: Int64, costs_W: Int64, row_W: Int64, row_length: int, key: np.uint64) -> Int64:
+    """Even rows out and give each its place in the window; return the place of every document's row [W]."""
+    num_rows = int(row_W.max(initial=-1)) + 1
+    row_W = trade_alike(slots_W, costs_W, row_W, np.arange(num_rows), HEAVY_ROW)
+    row_W = even_out(slots_W, costs_W, row_W, row_length)
+    order_R = group_rows(_row_costs(costs_W, row_W))
+    groups_GR, loose = np.split(order_R, [num_rows // GROUP_ROWS * GROUP_ROWS])
+    groups_GR = groups_GR.reshape(-1, GROUP_ROWS)
+    group_R = np.empty(num_rows, dtype=np.int64)
+    group_R[groups_GR] = np.arange(len(groups_GR))[:, None]
+    # Rows that are left over are no group: they would take whatever costs much.
+    grouped = np.flatnonzero(~np.isin(row_W, loose))
+    row_W[grouped] = trade_alike(slots_W[grouped], costs_W[grouped], row_W[grouped], group_R, HEAVY_GROUP)
+    firsts_G = GROUP_ROWS * space_groups(_row_costs(costs_W, row_W)[groups_GR].max(axis=1, initial=0), key)
+    place_R = np.arange(num_rows)
+    place_R[groups_GR] = firsts_G[:, None] + np.arange(GROUP_ROWS)
+    place_R[loose] = np.arange(groups_GR.size, num_rows)
+    return place_R[row_W]
+
+
+def _row_costs(costs_W: Int64, row_W: Int64) -> Int64:
+    # Sums of weights are floats, exact up to 2^53.
+    return np.bincount(row_W, costs_W).astype(np.int64)
 
 
 def document_costs(slots: Int64, targets: Int64, pairs: Int64) -> Int64:
@@ -35,33 +68,36 @@ def document_costs(slots: Int64, targets: Int64, pairs: Int64) -> Int64:
     return PAIRS_PER_SLOT * slots + PAIRS_PER_TARGET * targets + pairs
 
 
-def trade_alike(slots_W: Int64, costs_W: Int64, row_W: Int64) -> Int64:
-    """Let heavy rows trade documents for cheaper ones that take as many slots; return row_W.
+def trade_alike(slots_W: Int64, costs_W: Int64, row_W: Int64, part_R: Int64, limit: float) -> Int64:
+    """Let parts above `limit` times the mean trade documents for cheaper ones of as many slots; return row_W.
 
-    So no row gets fuller or emptier. The document of a row that holds no other stays: it would find none.
+    So no row gets fuller or emptier. A part is a row, or the group that part_R puts it into. The document of
+    a row that holds no other stays: it would find none.
     """
     row_W = row_W.copy()
-    costs_R = np.bincount(row_W, costs_W).astype(np.int64)
-    heavy = HEAVY * costs_R.mean() if len(costs_R) else 0.0
+    part_W = part_R[row_W]
+    costs_G = _row_costs(costs_W, part_W)
+    heavy = limit * costs_G.mean() if len(costs_G) else 0.0
     by_slots = np.argsort(slots_W, kind="stable")
     starts_W = np.searchsorted(slots_W[by_slots], slots_W, side="left")
     stops_W = np.searchsorted(slots_W[by_slots], slots_W, side="right")
-    candidates = np.flatnonzero(costs_R > heavy)
-    for row in candidates[np.argsort(-costs_R[candidates], kind="stable")].tolist():
-        own = np.flatnonzero(row_W == row)
+    candidates = np.flatnonzero(costs_G > heavy)
+    for part in candidates[np.argsort(-costs_G[candidates], kind="stable")].tolist():
+        own = np.flatnonzero(part_W == part)
         for document in own[np.argsort(-costs_W[own], kind="stable")].tolist():
-            if costs_R[row] <= heavy:
+            if costs_G[part] <= heavy:
                 break
             alike = by_slots[starts_W[document] : stops_W[document]]
             shed = costs_W[document] - costs_W[alike]
-            heavier = np.maximum(costs_R[row] - shed, costs_R[row_W[alike]] + shed)
+            heavier = np.maximum(costs_G[part] - shed, costs_G[part_W[alike]] + shed)
             best = int(heavier.argmin())
-            # Never one of its own: the row would cost what it costs.
-            if heavier[best] < costs_R[row]:
-                other = row_W[alike[best]]
-                row_W[document], row_W[alike[best]] = other, row
-                costs_R[row] -= shed[best]
-                costs_R[other] += shed[best]
+            # Never one of its own: the part would cost what it costs.
+            if heavier[best] < costs_G[part]:
+                other = alike[best]
+                costs_G[part] -= shed[best]
+                costs_G[part_W[other]] += shed[best]
+                for of_W in (row_W, part_W):
+                    of_W[[document, other]] = of_W[[other, document]]
     return row_W
 
 
@@ -117,3 +153,23 @@ def group_rows(costs_R: Int64) -> Int64:
         total -= sum(costs[start : start + others])
         del rows[start : start + others], costs[start : start + others]
     return np.concatenate((np.array(order, dtype=np.int64), by_distance[:loose]))
+
+
+def space_groups(heaviest_G: Int64, key: np.uint64) -> Int64:
+    """Return a shuffled place for every group; of any three that follow each other one is of the heavy third.
+
+    Unshuffled, the long documents of a window would all come in its first steps.
+
+    Args:
+        heaviest_G: cost of each group's heaviest row.
+        key: names the shuffle.
+    """
+    groups = len(heaviest_G)
+    # Stratum s takes the places s, s + 3, s + 6 and so on.
+    sizes = (groups + STRATA - 1 - np.arange(STRATA)) // STRATA
+    stratum_G = np.repeat(np.arange(STRATA), sizes)
+    index_G = np.arange(groups) - (np.cumsum(sizes) - sizes)[stratum_G]
+    place_G = np.empty(groups, dtype=np.int64)
+    by_weight = np.argsort(-heaviest_G, kind="stable")
+    place_G[by_weight] = STRATA * permute(index_G, sizes[stratum_G], words(key, stratum_G)) + stratum_G
+    return place_G

@@ -3,8 +3,9 @@
     draw    the window's stretch of the stream, documents cut or dropped: draws.py
     hang    if asked for, documents that begin alike are gathered into trees: prefixes.py
     pack    largest first, each into the row it fills best
-    even    rows trade documents and lie in groups of four that cost alike: balance.py
-    order   groups are shuffled within the window; nothing depends on the number of data-parallel ranks
+    even    rows trade documents and lie in shuffled groups of four that cost alike: balance.py
+
+Nothing depends on the number of data-parallel ranks.
 
 With row_length 8, documents of 9, 5, 4 and 3 tokens take 8, 4, 3 and 2 slots: rows [9], [5 4], and the 3
 opens a third row or, if the window was to have two, is not part of it.
@@ -20,22 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_iml.data.corpus.folder import Corpus
-from megatron_iml.data.plan.balance import (
-    GROUP_ROWS,
-    document_costs,
-    even_out,
-    group_rows,
-    trade_alike,
-)
+from megatron_iml.data.plan.balance import document_costs, place_rows
 from megatron_iml.data.plan.draws import Draws, DrawStream, draw_window
 from megatron_iml.data.plan.folder import ENTRY
 from megatron_iml.data.plan.mixture import Mixture
 from megatron_iml.data.plan.prefixes import hang_documents, separate_documents
-from megatron_iml.data.plan.shuffle import Int64, permute, stream_key
+from megatron_iml.data.plan.shuffle import Int64, stream_key
 from megatron_iml.data.plan.writer import PackedRows
 
 # Raise it whenever the same inputs give another plan: it is part of a plan's fingerprint.
-ALGORITHM_VERSION = 4
+ALGORITHM_VERSION = 5
 # Documents packed together. Best fit among 16,384 fills 99.9 % of rows of 2,048; the smaller the window, the
 # more evenly every stretch of the run follows the mixture.
 WINDOW = 1 << 14
@@ -191,17 +186,8 @@ def _spread(draws: Draws, placed: _Placement, config: PackingConfig, number: int
     slots_P, targets_P, pairs_P = _measure(draws, placed.order_P, placed.shared_P)
     slots_W = _sum_trees(slots_P, placed.tree_P)
     costs_W = _sum_trees(document_costs(slots_P, targets_P, pairs_P), placed.tree_P)
-    row_W = trade_alike(slots_W, costs_W, placed.row_W)
-    row_W = even_out(slots_W, costs_W, row_W, config.row_length)
-    order_R = group_rows(np.bincount(row_W, costs_W, minlength=placed.num_rows).astype(np.int64))
-    groups = placed.num_rows // GROUP_ROWS
-    # Unshuffled, the long documents of a window would all come in its first steps.
     key = stream_key(config.seed, "rows", number)
-    firsts = GROUP_ROWS * permute(np.arange(groups), np.array(max(groups, 1)), key)
-    place_R = np.arange(placed.num_rows)
-    place_R[order_R[: groups * GROUP_ROWS]] = (firsts[:, None] + np.arange(GROUP_ROWS)).ravel()
-    place_R[order_R[groups * GROUP_ROWS :]] = np.arange(groups * GROUP_ROWS, placed.num_rows)
-    return place_R[row_W][placed.tree_P]
+    return place_rows(slots_W, costs_W, placed.row_W, config.row_length, key)[placed.tree_P]
 
 
 def _sum_trees(values_P: Int64, tree_P: Int64) -> Int64:

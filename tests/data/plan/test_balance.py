@@ -8,14 +8,18 @@ from megatron_iml.config import ModelConfig
 from megatron_iml.config.sizes import opt_size
 from megatron_iml.data.plan.balance import (
     GROUP_ROWS,
+    HEAVY_ROW,
     PAIRS_PER_SLOT,
     PAIRS_PER_TARGET,
     document_costs,
     even_out,
     group_rows,
+    place_rows,
+    space_groups,
     trade_alike,
 )
 from megatron_iml.data.plan.packing import best_fit
+from megatron_iml.data.plan.shuffle import stream_key
 from megatron_iml.training.flops import row_flops
 
 
@@ -38,12 +42,27 @@ def test_a_heavy_row_trades_for_a_cheaper_document_of_as_many_slots() -> None:
     slots = np.array([5, 3, 5, 3, 5, 3])
     costs = np.array([90, 30, 50, 30, 40, 10])
     # Rows of 120, 80 and 50, 83 on average: the first sheds most where it meets the 40, then all are even.
-    rows = trade_alike(slots, costs, np.array([0, 0, 1, 1, 2, 2]))
+    rows = trade_alike(slots, costs, np.array([0, 0, 1, 1, 2, 2]), np.arange(3), HEAVY_ROW)
     assert np.bincount(rows, costs).tolist() == [70, 80, 100]
     assert rows.tolist() == [2, 0, 1, 1, 0, 2]
     # Nothing takes as many slots as the only document of a heavy row.
-    assert trade_alike(np.array([8, 3, 3]), np.array([90, 9, 1]), np.array([0, 1, 1])).tolist() == [0, 1, 1]
-    assert trade_alike(*(np.array([], dtype=int) for _ in range(3))).tolist() == []
+    alone = np.array([0, 1, 1])
+    assert trade_alike(np.array([8, 3, 3]), np.array([90, 9, 1]), alone, np.arange(2), 1.1).tolist() == [
+        0,
+        1,
+        1,
+    ]
+    assert trade_alike(*(np.array([], dtype=int) for _ in range(4)), HEAVY_ROW).tolist() == []
+
+
+def test_a_heavy_group_trades_its_light_rows_documents_where_the_heavy_one_has_none_to_trade() -> None:
+    # Rows 0 and 1 are a group of 150, 2 and 3 one of 90. The only document of row 0 has nobody to trade with.
+    slots, costs = np.array([8, 4, 4, 4, 4, 4, 4]), np.array([80, 50, 20, 20, 30, 30, 10])
+    rows, group = np.array([0, 1, 1, 2, 2, 3, 3]), np.array([0, 0, 1, 1])
+    traded = trade_alike(slots, costs, rows, group, 1.0)
+    assert np.bincount(group[traded], costs).tolist() == [120, 120]
+    assert np.bincount(traded, slots).tolist() == [8, 8, 8, 8]
+    assert traded.tolist() == [0, 2, 1, 1, 2, 3, 3]
 
 
 def test_what_is_missing_is_taken_from_light_rows_first() -> None:
@@ -70,7 +89,7 @@ def test_no_row_overflows_or_empties_and_none_is_emptier_than_before(
     slots, extra = np.array(documents).T
     costs = 100 * slots + extra
     before, rows = best_fit(slots, 20)
-    traded = trade_alike(slots, costs, before)
+    traded = trade_alike(slots, costs, before, np.arange(rows), HEAVY_ROW)
     assert np.bincount(traded, slots).tolist() == np.bincount(before, slots).tolist()
     assert np.bincount(traded, costs).max() <= np.bincount(before, costs).max()
     filled = np.bincount(even_out(slots, costs, traded, 20), slots, minlength=rows)
@@ -94,6 +113,30 @@ def test_a_heavy_row_lies_with_light_ones() -> None:
 @given(costs=st.lists(st.integers(1, 10**9), max_size=60))
 def test_every_row_has_one_place(costs: list[int]) -> None:
     assert sorted(group_rows(np.array(costs, dtype=np.int64)).tolist()) == list(range(len(costs)))
+
+
+def test_groups_with_heavy_rows_lie_apart_in_another_order_for_every_key() -> None:
+    heaviest = np.arange(100, 0, -1)
+    places = space_groups(heaviest, stream_key(1))
+    assert sorted(places.tolist()) == list(range(100))
+    in_order = np.empty(100, dtype=int)
+    in_order[places] = heaviest
+    # 34 of the 100 are the heavy third.
+    assert set(in_order[::3]) == set(range(67, 101))
+    assert in_order[::3].tolist() != sorted(in_order[::3], reverse=True)
+    assert (space_groups(heaviest, stream_key(2)) != places).any()
+    assert space_groups(np.array([], dtype=int), stream_key(1)).tolist() == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(documents=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 900)), max_size=80))
+def test_placed_rows_are_whole_and_all_there(documents: list[tuple[int, int]]) -> None:
+    slots, extra = np.array(documents, dtype=int).reshape(-1, 2).T
+    before, rows = best_fit(slots, 20)
+    placed = place_rows(slots, 100 * slots + extra, before, 20, stream_key(1))
+    filled = np.bincount(placed, slots, minlength=rows)
+    assert len(filled) == rows and filled.sum() == slots.sum()
+    assert not rows or (filled.max() <= 20 and filled.min() >= 1)
 
 
 def test_groups_of_real_spread_cost_alike() -> None:
