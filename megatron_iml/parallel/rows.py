@@ -21,6 +21,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_iml.data.plan.balance import swap_rows
+
 # A rank that is this little above the mean costs less time than steps differ by anyway.
 EVEN = 1.001
 
@@ -48,37 +50,15 @@ def deal_rows(costs: Sequence[float], data_parallel_size: int) -> list[list[int]
         if len(dealt[rank]) < rows_per_rank:
             heapq.heappush(loads, (load + costs[row], rank))
     costs_N = np.array(costs, dtype=np.float64)
-    dealt_GK = _swap_rows(np.array(dealt), costs_N)
+    dealt_GK = swap_rows(np.array(dealt), costs_N, EVEN)
     if _heaviest(dealt_GK, costs_N) > EVEN * costs_N.sum() / data_parallel_size:
         as_they_lie = np.arange(len(costs)).reshape(data_parallel_size, rows_per_rank)
-        dealt_GK = min(dealt_GK, _swap_rows(as_they_lie, costs_N), key=lambda each: _heaviest(each, costs_N))
+        dealt_GK = min(
+            dealt_GK, swap_rows(as_they_lie, costs_N, EVEN), key=lambda each: _heaviest(each, costs_N)
+        )
     # In the order of the plan: gradients are then summed in one order for one data-parallel size.
     return np.sort(dealt_GK, axis=1).tolist()
 
 
 def _heaviest(dealt_GK: NDArray[np.int64], costs: NDArray[np.float64]) -> float:
     return float(costs[dealt_GK].sum(axis=1).max())
-
-
-def _swap_rows(dealt_GK: NDArray[np.int64], costs: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Let the heaviest rank swap the two rows that help it most, until ranks are even or nothing helps."""
-    costs_GK = costs[dealt_GK]
-    loads_G = costs_GK.sum(axis=1)
-    even = EVEN * loads_G.mean()
-    # A swap never makes the heaviest load heavier, but sums of floats might go round in a circle.
-    for _ in range(costs.size):
-        heaviest = int(loads_G.argmax())
-        if loads_G[heaviest] <= even:
-            break
-        # What the heaviest rank sheds if it gives its own row for another of some rank, [own, rank, other].
-        shed = costs_GK[heaviest][:, None, None] - costs_GK[None]
-        heavier = np.maximum(loads_G[heaviest] - shed, loads_G[None, :, None] + shed)
-        own, rank, other = np.unravel_index(heavier.argmin(), heavier.shape)
-        if heavier[own, rank, other] >= loads_G[heaviest]:
-            break
-        for table_GK in (dealt_GK, costs_GK):
-            given = table_GK[heaviest, own]
-            table_GK[heaviest, own] = table_GK[rank, other]
-            table_GK[rank, other] = given
-        loads_G[[heaviest, rank]] = costs_GK[[heaviest, rank]].sum(axis=1)
-    return dealt_GK

@@ -8,6 +8,7 @@ sees to what meets:
     even_out      what the last row lacks is taken from the lightest rows, which makes them lighter still
     group_rows    each heavy row lies with light ones: costs 9 3 5 5 | 8 4 4 6, the mean of four is 22
     trade_alike   a heavy group gives documents, as a heavy row did
+    swap_rows     and rows, where no document of as many slots is left
     space_groups  groups with heavy rows lie apart: one of the third that has the heaviest in every three
 
 The last is for ranks of five, six or seven rows: two ranks cannot share three groups of the kind 9 3 3 3.
@@ -22,6 +23,7 @@ Suffixes: W documents, or trees of them, R rows of a window, G groups.
 from bisect import bisect_left
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_iml.data.plan.shuffle import Int64, permute, words
 
@@ -51,7 +53,9 @@ def place_rows(slots_W: Int64, costs_W: Int64, row_W: Int64, row_length: int, ke
     # Rows that are left over are no group: they would take whatever costs much.
     grouped = np.flatnonzero(~np.isin(row_W, loose))
     row_W[grouped] = trade_alike(slots_W[grouped], costs_W[grouped], row_W[grouped], group_R, HEAVY_GROUP)
-    firsts_G = GROUP_ROWS * space_groups(_row_costs(costs_W, row_W)[groups_GR].max(axis=1, initial=0), key)
+    costs_R = _row_costs(costs_W, row_W)
+    groups_GR = swap_rows(groups_GR, costs_R, HEAVY_GROUP)
+    firsts_G = GROUP_ROWS * space_groups(costs_R[groups_GR].max(axis=1, initial=0), key)
     place_R = np.arange(num_rows)
     place_R[groups_GR] = firsts_G[:, None] + np.arange(GROUP_ROWS)
     place_R[loose] = np.arange(groups_GR.size, num_rows)
@@ -153,6 +157,34 @@ def group_rows(costs_R: Int64) -> Int64:
         total -= sum(costs[start : start + others])
         del rows[start : start + others], costs[start : start + others]
     return np.concatenate((np.array(order, dtype=np.int64), by_distance[:loose]))
+
+
+def swap_rows(rows_GK: Int64, costs_R: NDArray[np.number], limit: float) -> Int64:
+    """Let the heaviest group swap the two rows that help it most; return the groups' rows [G, K].
+
+    It ends when no group is above `limit` times the mean or when nothing helps the heaviest.
+    """
+    rows_GK = rows_GK.copy()
+    costs_GK = costs_R[rows_GK]
+    costs_G = costs_GK.sum(axis=1)
+    even = limit * costs_G.mean() if len(costs_G) else 0.0
+    # A swap never makes the heaviest heavier, but sums of floats might go round in a circle.
+    for _ in range(rows_GK.size):
+        heaviest = int(costs_G.argmax())
+        if costs_G[heaviest] <= even:
+            break
+        # What the heaviest sheds if it gives its own row for another of some group, [own, group, other].
+        shed = costs_GK[heaviest][:, None, None] - costs_GK[None]
+        heavier = np.maximum(costs_G[heaviest] - shed, costs_G[None, :, None] + shed)
+        own, group, other = np.unravel_index(heavier.argmin(), heavier.shape)
+        if heavier[own, group, other] >= costs_G[heaviest]:
+            break
+        for table_GK in (rows_GK, costs_GK):
+            given = table_GK[heaviest, own]
+            table_GK[heaviest, own] = table_GK[group, other]
+            table_GK[group, other] = given
+        costs_G[[heaviest, group]] = costs_GK[[heaviest, group]].sum(axis=1)
+    return rows_GK
 
 
 def space_groups(heaviest_G: Int64, key: np.uint64) -> Int64:

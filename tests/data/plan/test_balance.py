@@ -16,6 +16,7 @@ from megatron_iml.data.plan.balance import (
     group_rows,
     place_rows,
     space_groups,
+    swap_rows,
     trade_alike,
 )
 from megatron_iml.data.plan.packing import best_fit
@@ -113,6 +114,17 @@ def test_a_heavy_row_lies_with_light_ones() -> None:
 @given(costs=st.lists(st.integers(1, 10**9), max_size=60))
 def test_every_row_has_one_place(costs: list[int]) -> None:
     assert sorted(group_rows(np.array(costs, dtype=np.int64)).tolist()) == list(range(len(costs)))
+
+
+def test_the_heaviest_group_swaps_the_rows_that_help_it_most() -> None:
+    costs = np.array([8, 5, 4, 7, 6, 0])
+    # 17 and 13: 8 for 6 or 7 for 5 would do; the first of the heaviest group's rows is taken.
+    swapped = swap_rows(np.array([[0, 1, 2], [3, 4, 5]]), costs, 1.0)
+    assert swapped.tolist() == [[4, 1, 2], [3, 0, 5]]
+    # Nothing to do within the limit, and nothing helps where a row alone is too heavy.
+    assert swap_rows(np.array([[0, 1, 2], [3, 4, 5]]), costs, 1.2).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert swap_rows(np.array([[0], [5]]), costs, 1.0).tolist() == [[0], [5]]
+    assert swap_rows(np.empty((0, 4), dtype=int), costs, 1.0).shape == (0, 4)
 
 
 def test_groups_with_heavy_rows_lie_apart_in_another_order_for_every_key() -> None:
