@@ -14,7 +14,7 @@ export CUDA_VISIBLE_DEVICES=""
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # megatron-core imports the compiler for fusions that OPT does not have: a third of the start-up time.
 export TORCH_COMPILE_DISABLE=1 TORCHDYNAMO_DISABLE=1
-# A mistake in the configuration is said here, once; every process would say it, under torchrun's own words.
+# A mistake in the configuration is said here, once, before any process is started.
 "${PYTHON:-python}" -m megatron_iml.train --config "$config" --explain --world-size "${NUM_PROCESSES:-1}" "$@" > /dev/null
-exec "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc-per-node "${NUM_PROCESSES:-1}" \
+exec "${PYTHON:-python}" -m megatron_iml.launch --standalone --nproc-per-node "${NUM_PROCESSES:-1}" \
     -m megatron_iml.train --config "$config" "$@"

@@ -32,6 +32,9 @@ export WORLD_SIZE="$SLURM_NTASKS"
 # See train_node.sh.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 
+# A mistake in the configuration is said here, once, before any task is started; it ends the job, unrequeued.
+"${PYTHON:-python}" -m megatron_iml.train --config "$config" --explain --world-size "$SLURM_NTASKS" "$@" > /dev/null
+
 # One task per GPU, without torch.distributed.run between: its agent kills workers 30 seconds after a signal, too
 # early for a large checkpoint, and hides their exit status. The first rank to leave does not end the others; those
 # still there five minutes later hang.

@@ -10,19 +10,32 @@ A mistake is one line on standard error and exit status 2; anything else is a bu
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 MISTAKE = 2
 """Exit status of a command that was asked for something that cannot be done."""
+SILENT_RANK_SECONDS = 5.0
+"""Longer than ranks of a node are apart in finding a mistake; torchrun ends them once rank 0 has left."""
+
+
+def command_parser(description: str, program: str | None = None) -> argparse.ArgumentParser:
+    """A parser of options under their whole names, which shows a module's docstring as it stands."""
+    return argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # argparse takes every unique beginning for the option: --output would silently be --output-prefix,
+        # until a later option makes it ambiguous.
+        allow_abbrev=False,
+    )
 
 
 def config_parser(description: str, program: str | None = None) -> argparse.ArgumentParser:
     """A parser of `--config FILE` and overrides, to which a command adds its own options."""
-    parser = argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(description, program)
     parser.add_argument("--config", type=Path, required=True, help="YAML file; see examples/recipes")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. training.steps=100")
     return parser
@@ -71,6 +84,9 @@ def refuse(mistake: Exception, status: int = MISTAKE) -> int:
     # Under a launcher every rank has found the same mistake: one of them says it.
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {mistake}", file=sys.stderr)
+    else:
+        # torchrun looks every 0.1 s and ends all ranks when one has left: the one that speaks must be first.
+        time.sleep(SILENT_RANK_SECONDS)
     return status
 
 

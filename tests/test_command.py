@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 
-from megatron_iml.command import add_work_arguments, run_command
+from megatron_iml import command
+from megatron_iml.command import add_work_arguments, refuse, run_command
 
 
 def parser(parts: str | None) -> argparse.ArgumentParser:
@@ -33,6 +34,17 @@ def test_mistakes_in_options(arguments: list[str], message: str, capsys: pytest.
         parser(None).parse_args(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_first_rank_speaks_and_the_others_let_it_leave_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(command.time, "sleep", waits.append)
+    for rank, said, waited in (("0", "error: no corpus\n", []), ("1", "", [command.SILENT_RANK_SECONDS])):
+        monkeypatch.setenv("RANK", rank)
+        assert refuse(ValueError("no corpus")) == 2
+        assert (capsys.readouterr().err, waits) == (said, waited)
 
 
 def test_a_mistake_is_one_line_and_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:

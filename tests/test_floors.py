@@ -33,6 +33,7 @@ FLOORS = {
     "train": 7,
     "evaluate": 7,
     "generate": 7,
+    "launch": 7,
     "tools": 8,
     "benchmarks": 8,
 }

@@ -17,9 +17,11 @@ def stand_in(folder: Path, name: str, script: str) -> Path:
     return path
 
 
-def launch(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    name: str, *arguments: str, folder: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(EXAMPLES / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | environment)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda launcher: launcher.name)
@@ -40,16 +42,20 @@ def test_the_cpu_launcher_starts_so_many_processes(tmp_path: Path) -> None:
     python = stand_in(tmp_path, "python", 'echo "$CUDA_VISIBLE_DEVICES|$OMP_NUM_THREADS|$*"')
     done = launch("train_cpu.sh", "a b.yaml", "training.steps=3", PYTHON=str(python), NUM_PROCESSES="2")
     assert done.stdout == (
-        "|1|-m torch.distributed.run --standalone --nproc-per-node 2 "
+        "|1|-m megatron_iml.launch --standalone --nproc-per-node 2 "
         "-m megatron_iml.train --config a b.yaml training.steps=3\n"
     )
 
 
-def test_the_cpu_launcher_starts_nothing_with_a_wrong_configuration(tmp_path: Path) -> None:
-    python = stand_in(
-        tmp_path, "python", '[[ "$*" == *--explain* ]] && { echo wrong >&2; exit 2; }; echo started'
-    )
-    done = launch("train_cpu.sh", "train.yaml", PYTHON=str(python))
+@pytest.mark.parametrize("name", ["train_cpu.sh", "train_node.sh", "train_slurm.sh"])
+def test_a_launcher_starts_nothing_with_a_wrong_configuration(tmp_path: Path, name: str) -> None:
+    refusal = '[[ "$*" == *--explain* ]] && { echo wrong >&2; exit 2; }'
+    python = stand_in(tmp_path, "python", f"[[ $1 == -c ]] && {{ echo 8; exit; }}; {refusal}; echo started")
+    stand_in(tmp_path, "srun", "echo started")
+    stand_in(tmp_path, "scontrol", '[[ $1 == show ]] && echo gpu-1 || echo "$@"')
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu-1", "SLURM_NTASKS": "8"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = launch(name, "train.yaml", PATH=path, PYTHON=str(python), **slurm)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "wrong\n")
 
 
@@ -62,18 +68,30 @@ def test_the_demo_removes_nothing_but_a_demo(tmp_path: Path) -> None:
 
 
 def test_the_node_launcher_takes_every_gpu(tmp_path: Path) -> None:
-    python = stand_in(tmp_path, "python", 'echo "$CUDA_DEVICE_MAX_CONNECTIONS|$*"')
-    done = launch("train_node.sh", "train.yaml", "training.steps=3", PYTHON=str(python))
-    assert done.stdout == (
-        "1|-m torch.distributed.run --standalone --nproc-per-node gpu "
-        "-m megatron_iml.train --config train.yaml training.steps=3\n"
+    python = stand_in(
+        tmp_path, "python", '[[ $1 == -c ]] && echo 4 || echo "$CUDA_DEVICE_MAX_CONNECTIONS|$*" | tee -a log'
     )
+    done = launch("train_node.sh", "train.yaml", "training.steps=3", folder=tmp_path, PYTHON=str(python))
+    train = "-m megatron_iml.train --config train.yaml"
+    started = f"1|-m megatron_iml.launch --standalone --nproc-per-node 4 {train} training.steps=3\n"
+    assert done.stdout == started
+    checked = f"1|{train} --explain --world-size 4 training.steps=3\n"
+    assert (tmp_path / "log").read_text() == checked + started
+
+
+def test_the_node_launcher_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    python = stand_in(tmp_path, "python", "[[ $1 == -c ]] && echo 0 || echo started")
+    done = launch("train_node.sh", "train.yaml", PYTHON=str(python))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: GPUs: got none") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (1, False)])
 def test_the_slurm_launcher_requeues_what_saved_and_left(tmp_path: Path, status: int, requeued: bool) -> None:
     variables = "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR:$MASTER_PORT"
-    python = stand_in(tmp_path, "python", f'echo "{variables} $*"; exit {status}')
+    python = stand_in(
+        tmp_path, "python", f'[[ "$*" == *--explain* ]] && exit; echo "{variables} $*"; exit {status}'
+    )
     # srun starts the task of rank 9, the second on the second of two nodes, and drops its own two options.
     stand_in(tmp_path, "srun", 'shift 2; SLURM_PROCID=9 SLURM_LOCALID=1 exec "$@"')
     stand_in(tmp_path, "scontrol", '[[ $1 == show ]] && printf "gpu-%s\\n" 1 2 || echo "$@"')

@@ -38,13 +38,13 @@ done
 
 say "3/6 pack: which document lies where in which row, for the whole run"
 pack=("$python" "$root/tools/preprocess/build_plan.py" --row-length 1024 --max-positions 512)
-"${pack[@]}" --corpus corpus/train --rows $((steps * rows_per_step)) --output plan/train
+"${pack[@]}" --input corpus/train --rows $((steps * rows_per_step)) --output plan/train
 for level in fully_held_out partially_supervised fully_supervised; do
-    "${pack[@]}" --corpus corpus/validation --once --level "$level" --output "plan/$level"
+    "${pack[@]}" --input corpus/validation --once --level "$level" --output "plan/$level"
 done
 
 say "4/6 evaluate the untrained model"
-evaluate=("$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_iml.evaluate --config train.yaml)
+evaluate=("$python" -m megatron_iml.launch --standalone --nproc-per-node 2 -m megatron_iml.evaluate --config train.yaml)
 "${evaluate[@]}" --checkpoint start --output evaluation/untrained
 
 say "5/6 train a tiny OPT with two processes"

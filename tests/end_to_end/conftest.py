@@ -25,7 +25,7 @@ def tool(name: str, *arguments: object) -> None:
 
 def launch(ranks: int, module: str, *arguments: object) -> subprocess.Popen:
     """Start a command on several gloo ranks, as examples/train_cpu.sh does; on one, without a launcher."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launcher = ["-m", "megatron_iml.launch", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *(launcher if ranks > 1 else []), "-m", module, *map(str, arguments)]
     return subprocess.Popen(
         command, env=CPU_ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -110,10 +110,10 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tool("build_corpus", *shared, "--split", split, "--output-prefix", corpus)
     pack = ("--row-length", 128, "--max-positions", 64)
     rows = ("--rows", 4 * STEPS, "--output", folder / "plan")
-    tool("build_plan", "--corpus", corpus / "train", *pack, *rows)
+    tool("build_plan", "--input", corpus / "train", *pack, *rows)
     for level in LEVELS:
         plan = ("--once", "--level", level, "--output", folder / "plans" / level)
-        tool("build_plan", "--corpus", corpus / "validation", *pack, *plan)
+        tool("build_plan", "--input", corpus / "validation", *pack, *plan)
     write_config(folder)
     return folder
 

@@ -32,7 +32,7 @@ def test_real_benchmarks_become_a_falling_loss(tmp_path: Path) -> None:
     corpus, plan = tmp_path / "corpus", tmp_path / "plan"
     tokens = ("--tokenizer-model", TOKENIZER, "--output-prefix", corpus)
     tool("build_corpus", "--input", tmp_path / "bench", "--split", "train", *tokens)
-    tool("build_plan", "--corpus", corpus / "train", "--row-length", 2048, "--rows", 12, "--output", plan)
+    tool("build_plan", "--input", corpus / "train", "--row-length", 2048, "--rows", 12, "--output", plan)
     ledger = Plan.open(plan).ledger
     assert Corpus.open(corpus / "train").padded_vocab_size == 50272
     assert len(ledger) == len(bench.files("train")), "every training task has its account"
