@@ -31,8 +31,12 @@ class Meter:
 
     def start(self, total: int) -> None:
         """Say how many items there are; time counts from here."""
-        self._total = total
         self._began = time.monotonic()
+        self.expect(total)
+
+    def expect(self, total: int) -> None:
+        """Say how many items there are, where that is known only after some are done; time goes on."""
+        self._total = total
         self._progress.update(self._bar, total=total)
 
     def advance(self, items: int) -> None:
@@ -45,7 +49,8 @@ class Meter:
 
     def _line(self) -> str:
         rate = self._done / max(time.monotonic() - self._began, 1e-3)
-        left = timedelta(seconds=round((self._total - self._done) / rate))
+        # Rows may take more documents than were expected; a negative timedelta would print as "-1 day, ...".
+        left = timedelta(seconds=round(max(self._total - self._done, 0) / rate))
         memory = private_memory_bytes() / 2**20
         return (
             f"{self._what} {self._done:,} of {self._total:,} {self._unit}, {rate:,.0f}/s, {left} left, "

@@ -1,6 +1,7 @@
 """The preprocessing commands end to end on a tiny bench, and what they say when the user errs."""
 
 import json
+import re
 import subprocess
 import sys
 from hashlib import sha256
@@ -63,13 +64,13 @@ def test_from_bench_to_a_row_on_the_screen(bench: Path) -> None:
             "--output-prefix",
             folder / "c",
         ),
-        run("build_plan", "--corpus", folder / "c/train", "--row-length", "64", "--rows", "5", "--explain"),
+        run("build_plan", "--input", folder / "c/train", "--row-length", "64", "--rows", "5", "--explain"),
         run(
-            *("build_plan", "--corpus", folder / "c/train", "--row-length", "64", "--rows", "5"),
+            *("build_plan", "--input", folder / "c/train", "--row-length", "64", "--rows", "5"),
             *("--seed", "3", "--output", folder / "plan"),
         ),
         run(
-            *("inspect_corpus", "--corpus", folder / "c/train", "--tokenizer-model", folder / "tok"),
+            *("inspect_corpus", "--input", folder / "c/train", "--tokenizer-model", folder / "tok"),
             *("--plan", folder / "plan", "--row", "0"),
         ),
         run(
@@ -139,17 +140,17 @@ def test_inspect_says_what_goes_together(arguments: tuple[str, ...], message: st
         ),
         (
             "build_plan",
-            ("--corpus", "nowhere", "--rows", "3", "--output", "p"),
+            ("--input", "nowhere", "--rows", "3", "--output", "p"),
             "no corpus in nowhere: manifest.json is missing",
         ),
         (
             "build_plan",
-            ("--corpus", "nowhere", "--mixture", "none.yaml", "--rows", "3", "--output", "p"),
+            ("--input", "nowhere", "--mixture", "none.yaml", "--rows", "3", "--output", "p"),
             "no file none.yaml",
         ),
         (
             "inspect_corpus",
-            ("--corpus", "nowhere", "--tokenizer-model", "t", "--document", "0"),
+            ("--input", "nowhere", "--tokenizer-model", "t", "--document", "0"),
             "no corpus in nowhere: manifest.json is missing",
         ),
     ],
@@ -163,6 +164,26 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "other"),
+    [
+        ("build_corpus", "--output"),  # a beginning of --output-prefix
+        ("build_corpus", "--tokenizer"),  # of --tokenizer-model
+        ("build_plan", "--corpus"),
+        ("build_plan", "--output-prefix"),
+        ("inspect_corpus", "--corpus"),
+        ("find_contamination", "--log"),
+    ],
+)
+def test_an_option_has_one_name(command: str, other: str) -> None:
+    names = ("--input", "--output", "--output-prefix", "--tokenizer-model", "--rows", "--document")
+    given = [f"{name}=1" for name in names if not name.startswith(other)]
+    result = run(command, *given, f"{other}=1")
+    assert result.returncode == 2
+    # Not taken for a longer name either: that one is then missing.
+    assert re.search(rf"unrecognized arguments: .*{other}=1|are required: {other}", result.stderr), other
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -25,6 +25,17 @@ def test_a_log_file_gets_a_line_each_interval(capsys: pytest.CaptureFixture[str]
     assert all(re.search(r", [\d,]+ MiB private memory$", line) for line in lines)
 
 
+def test_more_may_be_done_than_was_expected(capsys: pytest.CaptureFixture[str]) -> None:
+    with showing_progress("Packing", "documents", log_interval=100) as meter:
+        for _ in range(3):
+            meter.expect(250)
+            meter.advance(100)
+    lines = capsys.readouterr().err.splitlines()
+    pattern = r"Packing (\d+ of \d+) documents, [\d,]+/s, 0:00:00 left"
+    counts = [re.match(pattern, line)[1] for line in lines]
+    assert counts == ["100 of 250", "200 of 250", "300 of 250"]
+
+
 def test_private_memory_counts_what_this_process_holds() -> None:
     before = private_memory_bytes()
     held = bytearray(b"x") * (64 << 20)

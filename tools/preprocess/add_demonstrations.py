@@ -8,20 +8,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_iml.command import run_command
+from megatron_iml.command import command_parser, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="zero-shot bench folder")
     parser.add_argument("--output", type=Path, required=True, help="bench folder to write")
     parser.add_argument("--shots", type=int, required=True, help="demonstrations of a prompt")
     parser.add_argument(
         "--zipf",
         type=float,
+        # 0 for off: Zipf's law needs an exponent above 1.
         default=0.0,
         help="exponent of Zipf's law for their number, --shots at most (default: every prompt has --shots)",
     )
@@ -29,12 +28,17 @@ def parse_arguments() -> argparse.Namespace:
         "--split",
         nargs="+",
         choices=("train", "validation", "test"),
+        # Not train: the paper trains without demonstrations.
         default=["validation", "test"],
         help="what is written (default: validation test)",
     )
     parser.add_argument("--separator", default="\\n\\n", help=r"between demonstrations (default: \n\n)")
     parser.add_argument(
-        "--longest-source", type=int, default=6000, help="characters of a prompt (default: %(default)s)"
+        # Some 1,500 tokens, which leaves a quarter of 2,048 positions to the answer.
+        "--longest-source",
+        type=int,
+        default=6000,
+        help="characters of a prompt (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=1, help="draws demonstrations (default: %(default)s)")
     return parser.parse_args()
@@ -48,6 +52,7 @@ def add(arguments: argparse.Namespace) -> None:
     how = Demonstrations(
         shots=arguments.shots,
         zipf=arguments.zipf,
+        # A shell passes backslash and n; a real newline in quotes works as well.
         separator=arguments.separator.replace("\\n", "\n"),
         longest_source=arguments.longest_source,
         seed=arguments.seed,
@@ -55,6 +60,7 @@ def add(arguments: argparse.Namespace) -> None:
     bench = add_demonstrations(Bench.open(arguments.input), how, arguments.output, arguments.split)
     rows = sum(entry.examples for entry in bench.entries)
     print(f"{rows:,} prompts in {len(bench.entries)} files of {bench.folder}")
+    # Prompts that lost demonstrations for their length are no loss of rows, so the ledger has them there.
     repaired: dict[str, int] = {}
     for account in bench.ledger()["tasks"].values():
         for what, count in account["repaired"].items():

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_iml.command import add_work_arguments, run_command
+from megatron_iml.command import add_work_arguments, command_parser, run_command
 
 if TYPE_CHECKING:
     from megatron_iml.data.bench.folder import Bench
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 def parse_arguments() -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML with sources and splits")
     parser.add_argument("--output", type=Path, required=True, help="bench folder to write")
     parser.add_argument(
@@ -47,8 +45,10 @@ def build(arguments: argparse.Namespace) -> "Bench | None":
     drops = Drops(config.root)
     with showing_progress("Writing", "tasks", arguments.log_interval) as meter:
         tasks = config.tasks(drops)
+        # Under `missing_names: allow` alone: else the call refuses, since a misspelt name holds nothing out.
         if missing := missing_names(config.splits, tasks):
             print(f"splits: the sources hold no {', no '.join(missing)}", file=sys.stderr)
+        # The tasks of this job, or its bar would never be full.
         meter.start(sum(job.owns(number) for number in range(len(tasks))))
         return build_bench(
             tasks,
@@ -56,6 +56,7 @@ def build(arguments: argparse.Namespace) -> "Bench | None":
             config.splits,
             arguments.output,
             overwrite=arguments.overwrite,
+            # What a killed run has written is kept only if it was made from the same files and options.
             inputs=config.inputs_digest(),
             workers=arguments.workers,
             job=job,
@@ -87,6 +88,7 @@ def print_summary(bench: "Bench") -> None:
     console.print(f"read {read:,} instances of {len(ledger['tasks'])} tasks; dropped {dropped.total():,}")
     for reason, count in dropped.most_common():
         console.print(f"  {count:,} {reason}")
+    # Reason -> names: twenty absent folders of one optional source are one line.
     groups_of_names: defaultdict[str, list[str]] = defaultdict(list)
     for name, reason in ledger["skipped_files"].items():
         groups_of_names[f"passed over, {reason}"].append(name)

@@ -13,22 +13,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_iml.command import add_work_arguments, run_command
+from megatron_iml.command import add_work_arguments, command_parser, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="bench folder")
     parser.add_argument("--split", default="train", help="split to tokenise (default: %(default)s)")
     parser.add_argument("--tokenizer-model", type=Path, required=True, help="folder of vocabulary and merges")
     parser.add_argument(
-        "--output-prefix", type=Path, required=True, help="corpus folder; the split is a folder in it"
+        "--output-prefix", type=Path, required=True, help="<output-prefix>/<split> is the corpus folder"
     )
     parser.add_argument(
-        "--backend", choices=("gigatoken", "tokenizers"), default="gigatoken", help="encoder (same ids)"
+        # Each run compares gigatoken with tokenizers on a sample; where they differ, this is the way out.
+        "--backend",
+        choices=("gigatoken", "tokenizers"),
+        default="gigatoken",
+        help="encoder (same ids)",
     )
     add_work_arguments(parser, "examples", 1_000_000, parts="shards")
     return parser.parse_args()
@@ -50,6 +52,7 @@ def build(arguments: argparse.Namespace) -> dict[str, Any] | None:
         job=Job(arguments.job_index, arguments.num_jobs),
     )
     with showing_progress("Tokenising", "examples", arguments.log_interval) as meter:
+        # In examples: an example is one document or more, and only their number is known before.
         return build_corpus(config, meter.start, lambda examples, tokens: meter.advance(examples))
 
 
@@ -59,6 +62,7 @@ def print_summary(manifest: dict[str, Any], seconds: float) -> None:
     from rich.table import Table
 
     table = Table("benchmark", "tasks", "examples", "documents", "tokens", "target tokens")
+    # By benchmark: a bench has 1,500 tasks, whose lines inspect_corpus.py --totals prints.
     for benchmark in sorted({task["benchmark"] for task in manifest["tasks"]}):
         tasks = [task for task in manifest["tasks"] if task["benchmark"] == benchmark]
         documents = sum(task["stop_document"] - task["first_document"] for task in tasks)
@@ -68,6 +72,7 @@ def print_summary(manifest: dict[str, Any], seconds: float) -> None:
         )
     console = Console()
     console.print(table)
+    # The fingerprint is what plans and checkpoints quote.
     console.print(f"{seconds:.1f} s; fingerprint {manifest['fingerprint']}", soft_wrap=True)
 
 
@@ -75,6 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Build, or do this job's part, and say what became of it."""
     began = time.monotonic()
     manifest = build(arguments)
+    # One job of several cannot know whether it is the last, so none of them puts the corpus together.
     if manifest is None:
         print("this job's shards are written; when all jobs are done, run without --job-index and --num-jobs")
     else:

@@ -1,9 +1,9 @@
 """Pack a corpus into rows for a whole run: an index, no tokens; or say what a mixture would do (--explain).
 
 Examples: python tools/preprocess/build_plan.py --input corpus/train --mixture mixture.yaml \\
-              --row-length 2048 --rows 1024000 --seed 1 --workers 8 --output-prefix plan/train
+              --row-length 2048 --rows 1024000 --seed 1 --workers 8 --output plan/train
           python tools/preprocess/build_plan.py --input corpus/validation --once \\
-              --level fully_held_out --row-length 2048 --output-prefix plan/held_out
+              --level fully_held_out --row-length 2048 --output plan/held_out
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_iml.command import add_work_arguments, run_command
+from megatron_iml.command import add_work_arguments, command_parser, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 def parse_arguments() -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
-    add("--input", "--corpus", type=Path, required=True, help="corpus folder of one split")
+    add("--input", type=Path, required=True, help="corpus folder of one split")
     add("--mixture", type=Path, help="mixture YAML (default: examples-proportional, at most 4096 a task)")
     add("--row-length", type=int, default=2048, help="slots of a row (default: %(default)s)")
+    # Of the model and not of the row: rows of 16,384 hold documents of 2,048 at most.
     add("--max-positions", type=int, default=2048, help="the model's longest document (default: %(default)s)")
+    # No default: how long a run is, or that it is validation, is not for a tool to guess.
     amount = parser.add_mutually_exclusive_group(required=True)
     amount.add_argument("--rows", type=int, help="rows to fill from the mixture: steps x rows per step")
     amount.add_argument("--once", action="store_true", help="every document exactly once (validation)")
@@ -42,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
         "--share-prefixes",
         type=int,
         default=0,
+        # Branches and not documents: 0 then means that nothing hangs on anything.
         metavar="BRANCHES",
         help="store a common beginning of 32 tokens or more once for up to 1 + BRANCHES documents that meet "
         "in a window (default: off)",
@@ -50,9 +51,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=1, help="of draws and order (default: %(default)s)")
     add_work_arguments(parser, "documents", 1_000_000)
     output = parser.add_mutually_exclusive_group(required=True)
-    output.add_argument("--output-prefix", "--output", type=Path, help="plan folder to write")
+    output.add_argument("--output", type=Path, help="plan folder to write")
     output.add_argument("--explain", action="store_true", help="print what the mixture draws, write nothing")
     arguments = parser.parse_args()
+    # By hand: --once is in a group of options that exclude one another, and argparse allows one group only.
     if arguments.once and arguments.mixture:
         parser.error("--once takes every document once and follows no mixture: leave --mixture out")
     return arguments
@@ -126,6 +128,7 @@ def explain(corpus: "Corpus", config: "PackingConfig") -> int:
     console = terminal if terminal.is_terminal else Console(width=max(120, terminal.width))
     print_expected(console, "task", tasks)
     print_expected(console, "benchmark", explain_benchmarks(tasks, outlook.sizes))
+    # About: how many documents fill a row is an average until they are packed.
     lines = [f"about {outlook.blend.draws:,} documents fill {config.rows:,} rows"]
     if absent := absent_benchmarks(config.mixture, outlook.sizes):
         lines.append(f"not in the corpus: {', '.join(absent)}; the others divide their part")
@@ -137,40 +140,28 @@ def explain(corpus: "Corpus", config: "PackingConfig") -> int:
         )
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
+    # After the tables, which show by how much; the build would stop at the same words.
     for shortfall in outlook.blend.shortfalls:
         print(f"cannot be had: {shortfall}", file=sys.stderr)
+    # As the build would, so that a script can ask first.
     return 2 if outlook.blend.shortfalls else 0
 
 
 def write(corpus: "Corpus", config: "PackingConfig", arguments: argparse.Namespace) -> None:
     """Build the plan behind a progress bar, with log lines for files that are no terminal."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
     from megatron_iml.data.plan.build import build_plan
+    from megatron_iml.data.progress import showing_progress
 
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
     began = time.monotonic()
-    # A bar in a log file is thousands of lines, so a file gets lines of its own instead.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("Packing", total=None)
-        done = logged = 0
+    with showing_progress("Packing", "documents", arguments.log_interval) as meter:
 
         def advance(documents: int, total: int) -> None:
-            """Move the bar and, now and then, log a line."""
-            nonlocal done, logged
-            done += documents
-            progress.update(bar, advance=documents, total=max(total, done))
-            if done - logged >= arguments.log_interval:
-                logged = done
-                rate = done / (time.monotonic() - began)
-                console.print(
-                    f"{done:,} of {total:,} documents, {rate:,.0f}/s, {(total - done) / rate:,.0f} s left"
-                )
+            """Count a window; how many documents the rows take is known once the first one is drawn."""
+            meter.expect(total)
+            meter.advance(documents)
 
-        manifest = build_plan(corpus, config, arguments.output_prefix, advance, arguments.workers)
-    print_summary(arguments.output_prefix, manifest, time.monotonic() - began)
+        manifest = build_plan(corpus, config, arguments.output, advance, arguments.workers)
+    print_summary(arguments.output, manifest, time.monotonic() - began)
 
 
 def print_summary(output: Path, manifest: dict[str, Any], seconds: float) -> None:
@@ -179,6 +170,7 @@ def print_summary(output: Path, manifest: dict[str, Any], seconds: float) -> Non
 
     total: Counter[str] = Counter()
     for line in manifest["ledger"].values():
+        # `dropped` is itself a table of reasons.
         total.update({key: value for key, value in line.items() if key != "dropped"})
         total.update(line["dropped"])
     rows, row_length = manifest["num_rows"], manifest["origin"]["row_length"]
@@ -191,6 +183,7 @@ def print_summary(output: Path, manifest: dict[str, Any], seconds: float) -> Non
         f"{total['target_too_long']:,} target too long + {total['no_target']:,} without a target",
         f"{seconds:.1f} s; fingerprint {manifest['fingerprint']}",
     ]
+    # Before packing each document would have taken its own slots: what is stored and what is shared.
     if total["shared_tokens"]:
         saved = (slots + total["shared_tokens"]) / slots
         lines.insert(1, f"{total['shared_tokens']:,} tokens shared: {saved:.2f} times fewer to compute")

@@ -12,16 +12,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_iml.command import add_work_arguments, run_command
+from megatron_iml.command import add_work_arguments, command_parser, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="bench folder")
     parser.add_argument("--output", type=Path, required=True, help="folder of the findings")
+    # 13 words and 1 % are the paper's: it looked at pairs above that by hand.
     parser.add_argument("--ngram", type=int, default=13, help="words of a run (default: %(default)s)")
     parser.add_argument(
         "--threshold",
@@ -43,6 +42,7 @@ def find(arguments: argparse.Namespace) -> None:
     with showing_progress("Comparing", "rows", arguments.log_interval) as meter:
         findings = find_contamination(search, meter.start, meter.advance)
     pairs = write_report(findings, arguments.threshold)
+    # Of these alone the decision file proposes to remove rows; the others share instructions.
     specific = sum(pair.specific > arguments.threshold * pair.evaluation.examples for pair in pairs)
     print(
         f"{len(pairs)} pairs share more than {arguments.threshold:.1%}, "

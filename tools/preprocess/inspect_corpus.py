@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_iml.command import run_command
+from megatron_iml.command import command_parser, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,15 +27,14 @@ if TYPE_CHECKING:
     from megatron_iml.data.corpus.tokenizer import Tokenizer
     from megatron_iml.data.plan.folder import Plan
 
+# One wrong byte early in an index makes everything behind it wrong.
 FAULTS_SHOWN = 50
 
 
 def parse_arguments() -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--input", "--corpus", type=Path, required=True, help="corpus folder of one split")
+    parser = command_parser(__doc__)
+    parser.add_argument("--input", type=Path, required=True, help="corpus folder of one split")
     parser.add_argument("--tokenizer-model", type=Path, help="folder of vocabulary and merges, to show text")
     parser.add_argument("--plan", type=Path, help="plan folder")
     parser.add_argument(
@@ -49,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         "--validate", action="store_true", help="check the corpus, and the plan if there is one"
     )
     arguments = parser.parse_args()
+    # None and not falsehood, here and below: 0 is a row and a document.
     if arguments.row is not None and arguments.plan is None:
         parser.error("--row needs --plan, the folder whose row it is")
     if (arguments.document, arguments.row) != (None, None) and arguments.tokenizer_model is None:
@@ -78,6 +78,7 @@ def document_text(
     """Return one document in colours; `cut` and `shared` count tokens from the left."""
     from rich.text import Text
 
+    # [L], source and target end to end, the final </s> included.
     tokens, source_length = corpus.tokens(document, reference)
     task = next(record.name for record in corpus.task_records if document in record.documents)
     text = Text(
@@ -85,13 +86,16 @@ def document_text(
         f"{f', {shared} shared with the one before' if shared else ''}]\n",
         "cyan",
     )
+    # Shared tokens are counted from the cut on.
     stop_shared = cut + shared
     for start, stop, style in (
         (0, cut, "strike red"),
         (cut, stop_shared, "blue"),
+        # Sharing may reach beyond the source, where candidates of one prompt begin alike.
         (stop_shared, max(source_length, stop_shared), "dim"),
         (max(source_length, stop_shared), len(tokens), "green"),
     ):
+        # </s> is a special token and decodes to nothing: it is appended by hand below.
         text.append(tokenizer.decode(tokens[start:stop]), style)
     return text.append("</s>\n", "bold green")
 
@@ -110,6 +114,7 @@ def show_row(console: "Console", corpus: "Corpus", plan: "Plan", arguments: argp
 
     check_number("row", arguments.row, plan.num_rows)
     tokenizer = load_tokenizer(arguments.tokenizer_model, corpus)
+    # Through the trainer's own loader: what is shown is what a model gets.
     row = Loader(corpus, plan).row(arguments.row)
     layout = row.layout
     if arguments.positions:
@@ -137,6 +142,7 @@ def show_slots(
     from rich.text import Text
 
     table = Table("slot", "token", "text", "position", "end", box=None)
+    # Token by token, whatever letters they cut: that is what the model reads.
     for slot in range(num_real):
         # Escaped, since a token may be half a letter or a line break.
         text = Text(ascii(tokenizer.decode(tokens_T[slot : slot + 1]))[1:-1])
@@ -159,6 +165,7 @@ def show_totals(console: "Console", corpus: "Corpus", plan: "Plan | None") -> No
     for task in corpus.task_records:
         numbers = [len(task.documents), task.tokens, task.target_tokens]
         if plan:
+            # None for a task that the plan leaves out: another level, or no draw.
             line = plan.ledger.get(task.name)
             numbers += (
                 [line["drawn"], line["packed"], line["truncated"], sum(line["dropped"].values())]
@@ -184,6 +191,7 @@ def validate(console: "Console", corpus: "Corpus", plan: "Plan | None") -> int:
     if plan:
         checks.append((f"plan {plan.folder}", plan_faults(plan, corpus)))
     failed = False
+    # Lazily, for a broken shard may have millions of them.
     for what, found in checks:
         faults = list(islice(found, FAULTS_SHOWN))
         failed |= bool(faults)
@@ -212,10 +220,12 @@ def show(arguments: argparse.Namespace) -> int:
     terminal = Console()
     # Columns of a table need room, and a pipe has no width.
     console = terminal if terminal.is_terminal else Console(width=max(160, terminal.width))
+    # Maps the shards and reads no token, so --totals of 7 GB answers at once.
     corpus = Corpus.open(arguments.input)
     plan = Plan.open(arguments.plan) if arguments.plan else None
     if plan:
         Loader(corpus, plan)  # refuses a plan of another corpus
+    # Only this has a status of its own; all that is shown is 0.
     if arguments.validate:
         return validate(console, corpus, plan)
     if arguments.totals:

@@ -7,14 +7,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_iml.command import run_command
+from megatron_iml.command import command_parser, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="bench folder, which stays as it is")
     parser.add_argument("--findings", type=Path, required=True, help="folder with decisions.yaml")
     parser.add_argument("--output", type=Path, required=True, help="bench folder to write")
@@ -27,12 +25,14 @@ def remove(arguments: argparse.Namespace) -> None:
     from megatron_iml.data.bench.folder import Bench
     from megatron_iml.data.contamination.removal import remove_contamination
 
+    # By file: a task has one for each of its splits, and only one of them loses rows.
     before = {entry.file: entry.examples for entry in Bench.open(arguments.input).entries}
     bench = remove_contamination(
         arguments.input, arguments.findings, arguments.output, overwrite=arguments.overwrite
     )
     after = {entry.file: entry.examples for entry in bench.entries}
     for file, examples in before.items():
+        # A file that lost all of its rows is not in the new bench.
         if gone := examples - after.get(file, 0):
             print(f"{file}: {gone:,} of {examples:,} rows removed")
     print(f"{bench.folder}: {sum(after.values()):,} of {sum(before.values()):,} rows kept")

@@ -8,16 +8,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_iml.command import run_command
+from megatron_iml.command import command_parser, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="bench folder")
     parser.add_argument("--split", default="train", help="split to learn from (default: %(default)s)")
+    # No default: model.vocab_size must hold it, and the two are set in different files.
     parser.add_argument("--vocab-size", type=int, required=True, help="entries, 4 special ones included")
     parser.add_argument("--output", type=Path, required=True, help="folder for vocab.json and merges.txt")
     return parser.parse_args()
@@ -39,10 +38,13 @@ def train(arguments: argparse.Namespace) -> int:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("Reading examples", total=examples)
 
+        # A generator: the library reads once and keeps counts of words, never the texts.
         def texts() -> Iterator[str]:
+            """Source and answer of every row, moving the bar."""
             for entry in entries:
                 for row in bench.rows(entry):
                     progress.advance(bar)
+                    # Joined as in a corpus: else answers' first words are learned without their blank.
                     yield f"{row['src']} {row['tgt']}"
 
         train_byte_level_bpe(texts(), arguments.vocab_size, arguments.output)

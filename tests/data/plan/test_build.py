@@ -217,7 +217,7 @@ def test_a_killed_build_leaves_nothing_and_the_next_one_the_same_bytes(tmp_path:
     corpus = write_lengths(tmp_path / "corpus", {"A__b__c": lengths})
     command = [sys.executable, Path(__file__).parents[3] / "tools/preprocess/build_plan.py"]
     command += ["--input", corpus.folder, "--once", "--row-length", "256", "--window", "500"]
-    command += ["--output-prefix", tmp_path / "plan"]
+    command += ["--output", tmp_path / "plan"]
     partial = tmp_path / ".plan.partial" / "entries.npy"
     with subprocess.Popen(command) as process:
         deadline = time.monotonic() + 60
