@@ -23,6 +23,7 @@ def convert(value: object, kind: Any, key: str) -> Any:
     `kind` is int, float, bool, str, Literal[...], `X | None`, dict[str, X], tuple[X, ...] or a section's
     dataclass. Raises ValueError with what was got and what is allowed.
     """
+    # First: get_origin knows nothing of dataclasses, and a section is no value.
     if is_dataclass(kind):
         return _section(value, kind, key)
     origin = get_origin(kind)
@@ -31,6 +32,7 @@ def convert(value: object, kind: Any, key: str) -> Any:
         (inner,) = (arm for arm in get_args(kind) if arm is not NoneType)
         return None if value is None else convert(value, inner, key)
     if origin is Literal:
+        # YAML reads a bare on, off or null as no text: no word of a Literal may be one; `none` stays a text.
         if value in get_args(kind):
             return value
         raise ValueError(

@@ -60,9 +60,11 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
 def _stages(config: Config, world_size: int) -> Iterator[str]:
     """A table of the stages; those between first and last that are alike share a line."""
     stages = config.parallel.pipeline_model_parallel_size
+    # Stages vary slowest in a rank's number, so each holds one block of ranks.
     per_stage = world_size // stages
     groups: list[list[int]] = []
     for stage in range(stages):
+        # The first and the last never share a line: they hold the embedding and the head.
         alike = groups and groups[-1][0] > 0 and stage < stages - 1
         if alike and _lengths(config, stage) == _lengths(config, groups[-1][0]):
             groups[-1].append(stage)
@@ -133,6 +135,7 @@ def _sent(config: Config, world_size: int) -> Iterator[str]:
     model, parallel = config.model, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     dp = data_parallel_size(config, world_size)
+    # bf16 and fp16 alike; gradients below are fp32 whatever the precision.
     element = 4 if config.training.precision == "fp32" else 2
     hidden = config.data.row_length * model.hidden_size * element
     yield "sent, by one rank:"
@@ -143,11 +146,13 @@ def _sent(config: Config, world_size: int) -> Iterator[str]:
             "backward"
         )
     if pp > 1:
+        # Under sequence parallelism each tensor rank sends its part of the row, else each sends all of it.
         message = hidden / (tp if parallel.sequence_parallel else 1)
         yield (
             f"  every row: hidden states of {_size(message)} to the next stage and as much gradient back, "
             f"over {num_chunks(config) - 1} border{'s' * (num_chunks(config) > 2)} between chunks"
         )
+    # The first or the last one: a step waits for whoever has most to send.
     largest = max(stage_parameters(config, stage) for stage in range(pp))
     if dp > 1:
         when = "while the backward runs" if parallel.overlap_grad_reduce else "after the backward"
@@ -155,6 +160,7 @@ def _sent(config: Config, world_size: int) -> Iterator[str]:
         when = "while the next forward runs" if parallel.overlap_param_gather else "after the update"
         yield f"  every step: weights, up to {_size(element * largest)} all-gathered over data ranks {when}"
     if pp > 1:
+        # 4 bytes: the two copies' gradients are summed in their fp32 buffers.
         words = 4 * model.vocab_size * model.hidden_size / tp
         yield f"  every step: {_size(words)} of embedding gradient between the first and the last stage"
     if world_size > 1:

@@ -20,6 +20,7 @@ TARGET_SHARE = 0.086
 EMBEDDING_LAYERS = 0.01
 """Work of the embedding in layers. It computes next to nothing; more than nothing breaks ties."""
 
+# Of (config, world size), and the world counts even where a rule ignores it: all are called alike.
 Rule = Callable[[Config, int], str | None]
 
 
@@ -42,6 +43,7 @@ def place_of_rank(config: Config, world_size: int, rank: int) -> Place:
 
     World 8, TP2, PP2: rank 5 is tensor rank 1 and data rank 0 of stage 1.
     """
+    # megatron-core's default order tp-cp-ep-dp-pp, with context and expert parallelism of 1.
     rest, tensor = divmod(rank, config.parallel.tensor_model_parallel_size)
     stage, data = divmod(rest, data_parallel_size(config, world_size))
     return Place(tensor, data, stage)
@@ -49,6 +51,7 @@ def place_of_rank(config: Config, world_size: int, rank: int) -> Place:
 
 def rows_per_step(config: Config) -> int:
     """Packed rows of one optimizer step over all ranks."""
+    # Exact in a checked config; before that a remainder is for rule `batch_is_whole_rows` to name.
     return config.training.global_batch_positions // config.data.row_length
 
 
@@ -71,6 +74,7 @@ def chunk_layers(config: Config) -> tuple[int, ...]:
 
         22 layers, 4 stages   ->   (5, 6, 6, 5)       24 layers, 4 stages   ->   (6, 6, 6, 6)
     """
+    # Taken on trust, since --explain and the rules call this too; `pipeline_layers_fit` checks it.
     if config.parallel.pipeline_layers is not None:
         return config.parallel.pipeline_layers
     model, chunks = config.model, num_chunks(config)
@@ -81,6 +85,7 @@ def chunk_layers(config: Config) -> tuple[int, ...]:
     layer_weights = 4 * model.hidden_size + 2 * model.ffn_hidden_size
     work[-1] += TARGET_SHARE * model.vocab_size / layer_weights
     for _ in range(model.num_layers - chunks):
+        # The first of equals, so that the split is the same on every rank.
         lightest = work.index(min(work))
         layers[lightest] += 1
         work[lightest] += 1.0
@@ -137,6 +142,7 @@ def tensor_parallel_divides_model(config: Config, world_size: int) -> str | None
 def pipeline_layers_fit(config: Config, world_size: int) -> str | None:
     """Every chunk has a layer or more, and together they have all."""
     given, chunks, layers = config.parallel.pipeline_layers, num_chunks(config), config.model.num_layers
+    # Fewer layers than chunks: `chunk_layers` would hand out more than there are.
     if given is None and layers >= chunks:
         return None
     if given is None:
@@ -174,6 +180,7 @@ def interleaving_has_a_pipeline(config: Config, world_size: int) -> str | None:
 
 def sequence_parallel_has_tensor_parallel(config: Config, world_size: int) -> str | None:
     """Sequence parallelism shards over the tensor-parallel ranks."""
+    # megatron-core refuses it too, but as a traceback of every rank and once the groups are built.
     if not config.parallel.sequence_parallel or config.parallel.tensor_model_parallel_size > 1:
         return None
     return problem(

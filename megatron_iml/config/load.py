@@ -67,6 +67,7 @@ def _override(config: Config, override: str) -> Config:
     key, equals, text = override.partition("=")
     if not equals:
         raise ValueError("got no '='; allowed: section.field=value; write it like training.steps=4000")
+    # Checked before the section is taken apart: `training` alone, or `a.b.c`, is no key either.
     if key not in known_keys():
         raise ValueError(unknown_key(key))
     section_name, _, name = key.partition(".")
@@ -75,6 +76,7 @@ def _override(config: Config, override: str) -> Config:
     # A run called 2024 or no is a text here, not the number or the bool that YAML sees.
     is_text = kind is str or (str in get_args(kind) and NoneType in get_args(kind) and text != "null")
     value = convert(text if is_text else parse_yaml(text), kind, key)
+    # replace() and not a change in place: whoever holds the config before it keeps what it had.
     return replace(config, **{section_name: replace(section, **{name: value})})
 
 
@@ -85,6 +87,7 @@ def _resolve_model(model: ModelConfig) -> ModelConfig:
         # What is given wins, so that opt-125m with two layers is a small model to try things on.
         given = {name: vars(model)[name] for name in size._fields if vars(model)[name]}
         model = replace(model, **{**size._asdict(), **given})
+    # After the size: with it nothing is missing, and a size cannot give 0.
     missing = [name for name in OPTSize._fields if vars(model)[name] == 0]
     if missing:
         raise ValueError(

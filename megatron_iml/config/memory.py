@@ -16,6 +16,7 @@ from megatron_iml.config.layout import chunk_layers, data_parallel_size, micro_b
 from megatron_iml.config.schema import Config
 from megatron_iml.config.sizes import POSITION_OFFSET
 
+# The default of kernels/target_loss/op.py, written down here since config may import no kernel.
 LOGIT_CHUNK = 2048
 """Targets whose logits exist at once in the LM head."""
 
@@ -31,6 +32,7 @@ class StageMemory(NamedTuple):
 
 def stage_layers(config: Config, stage: int) -> list[range]:
     """Global layer numbers of each chunk of a stage: one range, or one per interleaved part."""
+    # Every stages-th chunk: neighbours in depth lie on neighbouring stages.
     layers, stages = chunk_layers(config), config.parallel.pipeline_model_parallel_size
     return [
         range(sum(layers[:chunk]), sum(layers[: chunk + 1])) for chunk in range(stage, len(layers), stages)
@@ -47,10 +49,12 @@ def stage_parameters(config: Config, stage: int) -> int:
     layer = cut // tp + 6 * h
     last = config.parallel.pipeline_model_parallel_size - 1
     parameters = layer * sum(map(len, stage_layers(config, stage)))
+    # The position table is whole on every tensor rank, the word embedding cut by rows.
     words = model.vocab_size * h // tp
     if stage == 0:
         parameters += words + (model.max_position_embeddings + POSITION_OFFSET) * h
     if stage == last:
+        # The final norm. Alone on its stage, the head is the embedding and holds no second copy.
         parameters += 2 * h + (words if last > 0 else 0)
     return parameters
 
@@ -78,6 +82,7 @@ def activation_bytes(config: Config) -> tuple[float, float]:
     """
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
+    # Dropout masks are not among them: the backward draws them again from their keys.
     hidden = config.data.row_length * model.hidden_size * (4 if config.training.precision == "fp32" else 2)
     along_row = hidden / (tp if parallel.sequence_parallel else 1)
     return 4 * along_row + (4 + model.ffn_hidden_size / model.hidden_size) * hidden / tp, along_row
@@ -92,6 +97,7 @@ def rows_in_flight(config: Config, world_size: int, stage: int) -> float:
     stages = config.parallel.pipeline_model_parallel_size
     parts = config.parallel.virtual_pipeline_model_parallel_size or 1
     rows = micro_batches_per_step(config, world_size)
+    # Fewer rows than the pipeline is deep never fill it.
     if parts == 1:
         return min(rows, stages - stage)
     return min(rows * parts, 2 * (stages - stage - 1) + (parts - 1) * stages + 1) / parts
@@ -106,6 +112,7 @@ def _activations(config: Config, world_size: int, stage: int) -> float:
         held = in_flight * layers * whole
     elif parallel.recompute_method == "uniform":
         # Every group keeps its input; one group at a time is there whole.
+        # Whole in every chunk: rule `recompute_fits_chunk`.
         groups = layers / parallel.recompute_num_layers
         held = in_flight * groups * boundary + parallel.recompute_num_layers * whole
     else:

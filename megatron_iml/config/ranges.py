@@ -26,6 +26,7 @@ def _positive(*keys: str) -> tuple[Range, ...]:
     return tuple(Range(key, "more than 0", lambda value: value > 0) for key in keys)
 
 
+# 1 is out: a dropout of 1 divides what it keeps by 0, a beta of 1 never takes in a gradient.
 def _fraction(*keys: str) -> tuple[Range, ...]:
     return tuple(Range(key, "0 <= value < 1", lambda value: 0 <= value < 1) for key in keys)
 
@@ -40,8 +41,11 @@ RANGES: tuple[Range, ...] = (
     # One chunk per stage is no interleaving: megatron-core takes None for it.
     *_at_least(2, "parallel.virtual_pipeline_model_parallel_size"),
     *_at_least(1, "parallel.recompute_num_layers"),
+    # A standard deviation of 0 would make all units of a layer equal for good.
     *_positive("model.init_method_std", "parallel.distributed_timeout_minutes"),
+    # adam_eps divides where a parameter has had no gradient, as an unused word's row.
     *_positive("optimizer.learning_rate", "optimizer.adam_eps"),
+    # 0 turns each of them off, and the learning rate may end at 0.
     *_at_least(0, "optimizer.min_learning_rate", "optimizer.warmup_steps"),
     *_at_least(0, "optimizer.weight_decay", "optimizer.clip_grad"),
     *_fraction("optimizer.adam_beta1", "optimizer.adam_beta2"),
@@ -51,6 +55,7 @@ RANGES: tuple[Range, ...] = (
     # 0 means "only after the last step" for intervals.
     *_at_least(0, "training.seed", "training.validation_interval"),
     *_at_least(0, "checkpoint.save_interval", "checkpoint.keep_every", "checkpoint.keep_best"),
+    # Not 0: the newest is what a killed run resumes from.
     *_at_least(1, "checkpoint.keep_last"),
     *_at_least(0, "evaluation.examples_per_task"),
     *_at_least(1, "evaluation.max_new_tokens", "evaluation.generation_batch_size"),

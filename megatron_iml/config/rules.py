@@ -41,6 +41,7 @@ def _raise_if_any(outcomes: Iterable[str | None]) -> None:
 
 
 def _out_of_range(config: Config, row: Range) -> str | None:
+    # KeyError for a row whose field the schema lost: every test of a rule meets it.
     section, _, name = row.key.partition(".")
     value = vars(vars(config)[section])[name]
     # None is an optional size that is not used.
@@ -51,6 +52,7 @@ def _out_of_range(config: Config, row: Range) -> str | None:
 
 def recompute_fits_chunk(config: Config, world_size: int) -> str | None:
     """Full recompute groups the layers of one chunk; megatron-core indexes past its end otherwise."""
+    # Interleaved ones too: each is a TransformerBlock of megatron-core, which recomputes within itself.
     parallel, chunks = config.parallel, sorted(set(chunk_layers(config)))
     count, method = parallel.recompute_num_layers, parallel.recompute_method
     if parallel.recompute_granularity != "full":
@@ -70,6 +72,7 @@ def recompute_fits_chunk(config: Config, world_size: int) -> str | None:
 
 def overlapped_gather_has_what_it_needs(config: Config, world_size: int) -> str | None:
     """Weights are gathered bucket by bucket, in the buckets that overlapped reduction cuts."""
+    # megatron-core takes the pair without a word: one bucket holds all weights then, and nothing overlaps.
     if not config.parallel.overlap_param_gather or config.parallel.overlap_grad_reduce:
         return None
     return problem(
@@ -126,6 +129,7 @@ def interleaving_divides_micro_batches(config: Config, world_size: int) -> str |
 def weights_have_one_start(config: Config, world_size: int) -> str | None:
     """A run names its initial weights or says outright that it starts from random ones."""
     weights, initialisation = config.checkpoint.initial_weights, config.model.initialisation
+    # Both would be one too many: which of them won would be a matter of the order of two calls.
     if (weights is None) != (initialisation is None):
         return None
     return problem(
@@ -150,6 +154,7 @@ def validation_data_is_complete(config: Config, world_size: int) -> str | None:
     corpus, plans = config.data.validation_corpus, config.data.validation_plans
     # Interval 0 still measures after the last step, if there is something to measure on.
     wanted = config.training.validation_interval > 0
+    # Three faults: a corpus without plans, plans without a corpus, an interval with neither.
     if (corpus is None) == (not plans) and not (wanted and not plans):
         return None
     return problem(
@@ -163,6 +168,7 @@ def validation_data_is_complete(config: Config, world_size: int) -> str | None:
 
 def warmup_fits_run(config: Config, world_size: int) -> str | None:
     """The warm-up ends before the run does."""
+    # As many is allowed: `training/schedule.py` has nothing left to decay then.
     warmup, steps = config.optimizer.warmup_steps, config.training.steps
     if warmup <= steps:
         return None
@@ -183,6 +189,7 @@ def learning_rate_decays(config: Config, world_size: int) -> str | None:
 def loss_scale_has_room(config: Config, world_size: int) -> str | None:
     """The fp16 loss scale starts at or above its floor."""
     first, floor = config.optimizer.initial_loss_scale, config.optimizer.min_loss_scale
+    # bf16 and fp32 scale no loss, and their configs keep the defaults of both fields.
     if config.training.precision != "fp16" or floor <= first:
         return None
     allowed = f"at least optimizer.min_loss_scale {floor}"
@@ -192,6 +199,7 @@ def loss_scale_has_room(config: Config, world_size: int) -> str | None:
 def kept_steps_are_saved(config: Config, world_size: int) -> str | None:
     """Steps to keep for good are steps that are saved."""
     every, interval = config.checkpoint.keep_every, config.checkpoint.save_interval
+    # Interval 0 saves the last step only: a multiple of keep_every would be kept by luck.
     if every == 0 or (interval and every % interval == 0):
         return None
     allowed = f"a multiple of checkpoint.save_interval {interval}" if interval else "0 without save_interval"
@@ -202,6 +210,7 @@ def best_checkpoint_has_a_loss(config: Config, world_size: int) -> str | None:
     """The best checkpoints are known by validation losses of their own steps."""
     checkpoint, interval = config.checkpoint, config.training.validation_interval
     plans = config.data.validation_plans
+    # save_interval 0 passes: the last step is always validated, and it is the only one saved.
     measured = interval > 0 and checkpoint.save_interval % interval == 0
     if checkpoint.keep_best == 0 or (measured and plans):
         return None
@@ -223,6 +232,7 @@ def best_level_is_measured(config: Config, world_size: int) -> str | None:
     return problem("checkpoint.best_level", level, allowed, "change checkpoint.best_level")
 
 
+# A list by hand and not by a decorator: what is checked, and in which order it is said, is seen here.
 TRAINING_RULES: tuple[Rule, ...] = (
     recompute_fits_chunk,
     overlapped_gather_has_what_it_needs,

@@ -21,26 +21,31 @@ class ModelConfig:
 
     size: str | None = None
     """A name of the OPT family, e.g. opt-125m: fills the shape fields below that are 0."""
+    # 0 and not None for "as the size says": once loaded, every reader has an int and no case to tell apart.
     num_layers: int = 0
     """Decoder layers; 0 means as model.size says."""
     hidden_size: int = 0
     """Width of the residual stream; 0 means as model.size says."""
     num_attention_heads: int = 0
     """Attention heads; hidden_size / num_attention_heads is the head size; 0 means as model.size says."""
+    # Filled by its own rule and not by the size: every published OPT has 4 x hidden_size.
     ffn_hidden_size: int = 0
     """Width of the feed-forward layer; 0 means 4 x hidden_size, as in every OPT."""
     max_position_embeddings: int = 2048
     """Longest document in positions; the table has two more rows, because OPT's first position is row 2."""
     vocab_size: int = 50272
     """Rows of the embedding: the tokenizer's entries rounded up to a multiple of 8 (50,265 -> 50,272)."""
+    # Three, since OPT was pretrained without the third and tuned with it.
     hidden_dropout: float = 0.1
     """Dropout probability after the attention and feed-forward projections."""
     attention_dropout: float = 0.1
     """Dropout probability on attention probabilities."""
     embedding_dropout: float = 0.1
     """Dropout probability on the sum of word and position embeddings."""
+    # metaseq's for OPT of every width; small models, which the size does not name, want more (demo: 0.02).
     init_method_std: float = 0.006
     """Standard deviation of a random start; output projections use std / sqrt(2 x num_layers)."""
+    # No default start: random weights by oversight would show only in a loss curve, hours later.
     initialisation: Literal["random"] | None = None
     """`random` starts from random weights; otherwise checkpoint.initial_weights must name a start."""
     kernel_backend: Literal["triton", "reference"] = "triton"
@@ -49,6 +54,7 @@ class ModelConfig:
     attention_backend: Literal["triton", "reference", "flash"] | None = None
     """Another implementation of attention alone. flash: flash-attn's varlen functions, where installed;
     for training without attention dropout and on plans without shared prefixes."""
+    # In this section, since it belongs to the weights: it is saved with them, and evaluation compares.
     inference_prefix: Literal["none", "eos"] = "none"
     """Token before a prompt in evaluation: none for models tuned here (trained without), eos for base OPT."""
 
@@ -57,6 +63,7 @@ class ModelConfig:
 class DataConfig:
     """Where the token ids come from. Nothing is tokenised or packed inside a training job."""
 
+    # Texts and not Paths, here and below: YAML has no paths, and the resolved copy must load again.
     train_corpus: str | None = None
     """Folder written by tools/preprocess/build_corpus.py."""
     train_plan: str | None = None
@@ -65,6 +72,7 @@ class DataConfig:
     """Corpus of the validation split."""
     validation_plans: dict[str, str] = field(default_factory=dict)
     """Level of generalisation -> plan over validation_corpus, e.g. fully_held_out: plan/fully_held_out."""
+    # The plan knows it too: said here, the layout can be checked and explained where no plan lies.
     row_length: int = 2048
     """Positions of one packed row, which is one micro-batch; must equal the plan's."""
 
@@ -77,8 +85,10 @@ class ParallelConfig:
     """Ranks that share every weight matrix."""
     pipeline_model_parallel_size: int = 1
     """Stages the layers are cut into."""
+    # None and not 1 for off: megatron-core takes the interleaved schedule as soon as there is a number.
     virtual_pipeline_model_parallel_size: int | None = None
     """Interleaved pipeline: model chunks per stage (2 or more), or none."""
+    # A tuple: a list could be changed in spite of `frozen`.
     pipeline_layers: tuple[int, ...] | None = None
     """Layers of every pipeline chunk in order of depth, e.g. [5, 6, 6, 5]: pipeline x virtual numbers. None
     splits by cost: evenly, and what does not divide spares the head's chunk first, then the embedding's."""
@@ -102,6 +112,7 @@ class ParallelConfig:
 class OptimizerConfig:
     """Adam and its schedule; OPT-IML's values where the paper or metaseq state them (docs/decisions.md)."""
 
+    # The paper's for both its sizes; warm-up, steps and batch below are those of its 30B.
     learning_rate: float = 5e-5
     """Peak learning rate."""
     min_learning_rate: float = 0.0
@@ -122,6 +133,7 @@ class OptimizerConfig:
     """fp16 only: first loss scale. Losses are sums over targets, so this is lower than Megatron's 2^32."""
     min_loss_scale: float = 2.0**-14
     """fp16 only: the loss scale never falls below this."""
+    # metaseq's. Megatron waits 1,000 steps, a quarter of this run.
     loss_scale_window: int = 256
     """fp16 only: clean steps before the loss scale doubles."""
     loss_scale_hysteresis: int = 1
@@ -136,10 +148,12 @@ class TrainingConfig:
     """Resolved config, metrics, TensorBoard events and checkpoints go here."""
     steps: int = 4000
     """Optimizer steps of the whole run; the decay ends here."""
+    # Not in rows: the same number is the same batch at any row length. 256 sequences of 2,048 in the paper.
     global_batch_positions: int = 524288
     """Positions of one step over all ranks: a multiple of data.row_length x data parallel size."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Type of weights and activations; the optimizer keeps fp32 master weights and moments."""
+    # Megatron's default; the name of the paper's run says `rs1234` as well.
     seed: int = 1234
     """Root of random weights and of every dropout mask."""
     log_interval: int = 1
@@ -182,6 +196,7 @@ class EvaluationConfig:
     """Folder with vocab.json and merges.txt."""
     split: Literal["validation", "test"] = "test"
     """Which held-out files to score."""
+    # A score's standard error is then 3.2 points at most: 0.5 / sqrt(250).
     examples_per_task: int = 250
     """Examples scored per task, the first of the file; 0 means all."""
     scoring: Literal["sum", "mean"] = "sum"

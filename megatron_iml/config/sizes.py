@@ -28,6 +28,7 @@ class OPTSize(NamedTuple):
 
 OPT_SIZES: Mapping[str, OPTSize] = MappingProxyType(
     {
+        # In order of size, which messages keep. No opt-350m: see `opt_size`.
         "opt-125m": OPTSize(12, 768, 12),
         "opt-1.3b": OPTSize(24, 2048, 32),
         "opt-2.7b": OPTSize(32, 2560, 32),
@@ -42,6 +43,7 @@ OPT_SIZES: Mapping[str, OPTSize] = MappingProxyType(
 
 def opt_size(name: str) -> OPTSize:
     """Shape of the OPT called `name`; `ValueError` with the nearest names if there is none."""
+    # Before the look-up, whose nearest names would suggest it is a slip of the pen for opt-30b.
     if name == "opt-350m":
         raise ValueError(
             "model.size: got opt-350m; allowed: the pre-LayerNorm sizes "
@@ -65,7 +67,9 @@ def parameter_count(model: ModelConfig) -> int:
     """
     d, f = model.hidden_size, model.ffn_hidden_size
     embeddings = (model.vocab_size + model.max_position_embeddings + POSITION_OFFSET) * d
+    # Query, key, value and output projection, each with a bias.
     attention = 4 * d * d + 4 * d
     feed_forward = 2 * d * f + f + d
+    # Two norms of a weight and a bias; the 2 d at the end are the final one's.
     layer_norms = 4 * d
     return embeddings + model.num_layers * (attention + feed_forward + layer_norms) + 2 * d

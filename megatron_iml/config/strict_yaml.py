@@ -14,7 +14,11 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """PyYAML's mapping, after a look at its keys."""
         seen: set[str] = set()
+        # Before super(), which adds to node.value what `<<` merges: such a key may be given again on purpose.
         for key_node, _ in node.value:
+            # A list or a mapping as a key is for PyYAML to refuse; here it could not be looked up.
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
             if key_node.value in seen:
                 line = key_node.start_mark.line + 1
                 raise ValueError(

@@ -118,6 +118,14 @@ def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
     assert "line 5: got the key steps twice" in message
 
 
+def test_a_key_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text("training:\n  [steps]: 3\n")
+    with pytest.raises(ValueError, match=r"got text that is not YAML; .*found unhashable key") as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_section_with_everything_commented_out_is_empty(tmp_path: Path) -> None:
     assert load(tmp_path, "training:\n  # steps: 4\n").training == Config().training
 
