@@ -66,6 +66,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             tokenizer=opened.tokenizer.sha256,
         )
         if baseline is not None:
+            # Hours before the report would need it.
             check_comparable(conditions, baseline.conditions)
         evaluator = Evaluator(
             opened.model,
@@ -77,6 +78,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         scores = evaluate_bench(bench, evaluator, output / "tasks", replicas=opened.replicas, console=console)
         if opened.replicas.writes:
             report = Report(conditions, aggregate(scores))
+            # A run elsewhere, or none (a released checkpoint): the report does without the curve.
             metrics = Path(config.training.output_directory) / "metrics.jsonl"
             write_report(output, report, baseline, metrics if metrics.is_file() else None)
             levels, categories, *_ = report_tables(
@@ -97,6 +99,7 @@ def bench_folder(config: "Config") -> Path:
 
 def default_output(config: "Config", checkpoint: str) -> Path:
     """A folder per checkpoint beside the run's checkpoints: runs/demo/evaluation/iter_0000400."""
+    # The name alone: checkpoints of one run have one folder, and another run has another output_directory.
     return Path(config.training.output_directory) / "evaluation" / Path(checkpoint).name
 
 

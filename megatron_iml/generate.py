@@ -42,6 +42,7 @@ def read_prompts(arguments: argparse.Namespace) -> list["Question"]:
     if arguments.prompt is not None:
         # A shell passes the two characters backslash and n; real newlines come through as they are.
         return [Question("0", arguments.prompt.replace("\\n", "\n"), ())]
+    # The line and not the place: a reader finds an answer's prompt by its number, blank lines or not.
     questions = []
     for number, row in json_lines(arguments.prompts):
         if not isinstance(row.get("src"), str):
@@ -58,6 +59,7 @@ def answer(arguments: argparse.Namespace) -> None:
 
     from megatron_iml.config import load_config
     from megatron_iml.data.files import write_atomically
+    from megatron_iml.evaluation.conditions import longest_document
     from megatron_iml.evaluation.generation import generate
     from megatron_iml.evaluation.open_model import open_model
     from megatron_iml.evaluation.prompts import prompt_rules
@@ -77,7 +79,7 @@ def answer(arguments: argparse.Namespace) -> None:
             opened.tokenizer,
             shard(questions, replicas.rank, replicas.size),
             rules=prompt_rules(
-                config.model.inference_prefix, opened.tokenizer.eos_id, config.model.max_position_embeddings
+                config.model.inference_prefix, opened.tokenizer.eos_id, longest_document(config)
             ),
             max_new_tokens=config.evaluation.max_new_tokens,
             batch_size=config.evaluation.generation_batch_size,

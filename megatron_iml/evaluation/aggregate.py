@@ -28,6 +28,7 @@ class Estimate:
     """A mean of `count` parts and its standard error, which is None where a part has only one example."""
 
     mean: float
+    # None and not 0, which would claim certainty.
     standard_error: float | None
     count: int
 
@@ -99,9 +100,12 @@ def aggregate(tasks: Iterable[TaskScore]) -> Aggregate:
 
     Raises ValueError if there is no task, if a level is unknown, or if a file appears twice.
     """
+    # Walked twice, and it may be a generator.
     unordered = list(tasks)
     _check(unordered)
+    # The report's order. The means do not depend on it: math.fsum rounds once.
     ordered = tuple(sorted(unordered, key=lambda t: (LEVELS.index(t.level), t.category, t.task, t.benchmark)))
+    # (column, task, benchmark) -> its parts. By column: parts of one task may lie on two levels.
     subtasks: defaultdict[tuple[Column, str, str], list[Estimate]] = defaultdict(list)
     for task in ordered:
         column = Column(task.level, task.category)
@@ -128,6 +132,7 @@ def aggregate(tasks: Iterable[TaskScore]) -> Aggregate:
         columns=columns,
         levels=levels,
         benchmarks={name: estimate_parts(benchmarks[name]) for name in sorted(benchmarks)},
+        # Over columns and not over levels, as in the paper's tables: a level with one category weighs little.
         overall=estimate_parts(list(columns.values())),
     )
 

@@ -16,9 +16,11 @@ from megatron_iml.data.bench.splits import Split
 from megatron_iml.evaluation.prompts import InferencePrefix
 from megatron_iml.evaluation.ranking import Scoring
 
+# Part of every fingerprint, so that old results are computed again rather than mixed with new ones.
 RESULT_FORMAT_VERSION = 2
 """Raised whenever the same conditions begin to give other numbers or another file layout."""
 
+# What is compared, and the prefix, which belongs to it. All else must be equal, fields to come included.
 MAY_DIFFER_FROM_BASELINE = frozenset({"checkpoint", "checkpoint_fingerprint", "inference_prefix"})
 
 
@@ -40,13 +42,15 @@ class Conditions:
     """Type of weights and activations: bf16 and fp32 rank close candidates differently."""
 
 
+def longest_document(config: Config) -> int:
+    """Positions of the longest document that is evaluated: the position table limits it, and the row does."""
+    return min(config.model.max_position_embeddings, config.data.row_length)
+
+
 def conditions_from_config(
     config: Config, *, checkpoint: str, checkpoint_fingerprint: str, bench: str, tokenizer: str
 ) -> Conditions:
-    """Conditions of a run; `bench` and `tokenizer` are fingerprints.
-
-    Documents are limited by the position table and by the row, whichever is shorter.
-    """
+    """Conditions of a run; `bench` and `tokenizer` are fingerprints."""
     return Conditions(
         checkpoint=checkpoint,
         checkpoint_fingerprint=checkpoint_fingerprint,
@@ -57,7 +61,7 @@ def conditions_from_config(
         scoring=config.evaluation.scoring,
         inference_prefix=config.model.inference_prefix,
         max_new_tokens=config.evaluation.max_new_tokens,
-        max_positions=min(config.model.max_position_embeddings, config.data.row_length),
+        max_positions=longest_document(config),
         precision=config.training.precision,
     )
 
@@ -71,7 +75,9 @@ def task_fingerprint(conditions: Conditions, file_sha256: str, metric: str) -> s
     # A checkpoint that was moved, or another task added to the bench, changes no score here.
     for irrelevant in ("checkpoint", "bench_fingerprint"):
         del facts[irrelevant]
+    # The version too: a mended metric gives other numbers for equal conditions.
     facts |= {"file_sha256": file_sha256, "metric": metric, "format_version": RESULT_FORMAT_VERSION}
+    # Sorted: the order of the dataclass's fields is no condition.
     return hashlib.sha256(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

@@ -63,12 +63,14 @@ def generate(
         fit_prompt(prompt_T, max_new_tokens, rules, question.id)
         for question, prompt_T in zip(questions, encoded, strict=True)
     ]
+    # Of similar length, a batch's cache has little room that nobody fills.
     longest_first = sorted(range(len(fitted)), key=lambda i: -len(fitted[i][0]))
     batches = [longest_first[at : at + batch_size] for at in range(0, len(fitted), batch_size)]
     answers: dict[int, Generation] = {}
     for batch in track(batches):
         answered = _decode_batch(model, [fitted[i][0] for i in batch], max_new_tokens, tokenizer.eos_id)
         for i, tokens in zip(batch, answered, strict=True):
+            # Each answer has a token at least: the prompt itself predicts one.
             finished = tokens[-1] == tokenizer.eos_id
             answers[i] = Generation(tokenizer.decode(tokens), len(tokens), finished, fitted[i][1])
     return [answers[i] for i in range(len(questions))]
@@ -78,6 +80,7 @@ def _decode_batch(
     model: LanguageModel[CacheT], prompts: Sequence[np.ndarray], max_new_tokens: int, eos_id: int
 ) -> list[list[int]]:
     """Token ids of every answer, `</s>` included where it came."""
+    # [B], and shorter from step to step; `active_B` says whose each entry is.
     cache, next_B = model.prefill(prompts, max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     active_B = np.arange(len(prompts))
@@ -86,6 +89,7 @@ def _decode_batch(
             answers[sequence].append(int(token))
         # After appending: `</s>` counts as a token of the answer.
         going_K = np.flatnonzero(next_B != eos_id)
+        # Not one decode more than is used: its token would not fit the cache.
         if len(going_K) == 0 or new_tokens == max_new_tokens:
             break
         # Dropping a finished sequence copies the cache, so only when there is one.

@@ -29,6 +29,7 @@ class KeyValueCache(Protocol):
         ...
 
 
+# A model gets back the cache that it made: one type variable ties prefill to decode.
 CacheT = TypeVar("CacheT", bound=KeyValueCache)
 
 

@@ -67,12 +67,14 @@ def open_model(config: Config, checkpoint: str) -> Iterator[OpenedModel]:
     # Before the processes find one another: mistakes are said without a wait.
     tokenizer = _load_tokenizer(config)
     folder = _weights_folder(config, checkpoint)
+    # Read by every rank on its own, before there are groups: small JSON files.
     if folder is not None and not is_foreign(folder):
         # Other formats do not say what their prefix and tokenizer are; our own checkpoints do.
         _check_prefix(config, folder)
         _check_tokenizer(config, folder, tokenizer)
     layout = start_distributed(config)
     try:
+        # One chunk: without a pipeline a rank has the whole depth.
         chunks = build_model(config, layout)
         if folder is None:
             initialise(chunks, config.model, config.training.seed, layout)
@@ -92,12 +94,14 @@ def replicas_of(layout: Layout) -> Replicas:
     def gather(mine: Any) -> list[Any]:
         """What every replica has, in the order of replicas."""
         everyone: list[Any] = [None] * layout.data_size
+        # Over replicas alone: the tensor ranks of one replica hold the same answers.
         dist.all_gather_object(everyone, mine, group=layout.groups.dp)
         return everyone
 
     def broadcast(mine: Any) -> Any:
         """Rank 0's."""
         box = [mine]
+        # To tensor ranks as well: those that skipped other tasks would wait in collectives of their own.
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -112,9 +116,12 @@ def fingerprint_weights(config: Config, folder: Path | None) -> str:
     """
     digest = hashlib.sha256()
     if folder is None:
+        # Not the layout: random weights are alike under each. The precision is a condition of its own.
         digest.update(repr((asdict(config.model), config.training.seed)).encode())
         return digest.hexdigest()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    # metaseq's weights may be one file, and a glob below a file finds nothing: all of them would be alike.
+    files = [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]
+    for path in sorted(files):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
         with path.open("rb") as file:
@@ -151,6 +158,7 @@ def _load_tokenizer(config: Config) -> Tokenizer:
             "evaluation.tokenizer: got none; allowed: a folder with vocab.json and merges.txt; set it"
         )
     tokenizer = Tokenizer.load(Path(config.evaluation.tokenizer))
+    # Smaller is right: the embedding is padded to a multiple of 8 and more, and those rows are never chosen.
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size: got {config.model.vocab_size}; allowed: at least the tokenizer's "
@@ -174,6 +182,7 @@ def _weights_folder(config: Config, checkpoint: str) -> Path | None:
 
 
 def _check_prefix(config: Config, folder: Path) -> None:
+    # Refused and not taken over: the config says how it is asked, and the report quotes the config.
     theirs = read_record(folder).config["model"]["inference_prefix"]
     if theirs != config.model.inference_prefix:
         raise ValueError(

@@ -4,6 +4,7 @@ What enters: averages, or a `metrics.jsonl` with rows {"step": 1, "loss": 2.31, 
 Figures are built without pyplot, which keeps a global list of them and looks for a display.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import orjson
@@ -20,6 +21,7 @@ def plot_levels(path: Path, scores: Aggregate, baseline: Aggregate | None) -> No
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     models = [("model", scores)] if baseline is None else [("baseline", baseline), ("model", scores)]
+    # In units of the distance between two levels; what is left parts the groups.
     width = 0.8 / len(models)
     for number, (name, aggregate) in enumerate(models):
         estimates = [aggregate.levels[level] for level in levels]
@@ -33,19 +35,15 @@ def plot_levels(path: Path, scores: Aggregate, baseline: Aggregate | None) -> No
             label=name,
         )
     axes.set_xticks(range(len(levels)), [words(level) for level in levels])
+    # From 0 to 100 in every report: bars of two evaluations can be compared by eye.
     axes.set_ylim(0, 100)
     axes.set_ylabel("score (%)")
     axes.legend()
     figure.savefig(path, dpi=150)
 
 
-def plot_loss(path: Path, metrics: Path) -> None:
-    """Write the training loss over steps; a step that stands twice (a resumed run) keeps its last value.
-
-    Raises FileNotFoundError without the file, ValueError if no row has a loss.
-    """
-    if not metrics.is_file():
-        raise FileNotFoundError(f"no {metrics}: pass the metrics.jsonl of a training run's output directory")
+def read_losses(metrics: Path) -> dict[int, float]:
+    """Training loss by step, the last value where a step stands twice; empty before a run's first step."""
     loss_at: dict[int, float] = {}
     with metrics.open("rb") as lines:
         for line in lines:
@@ -53,10 +51,14 @@ def plot_loss(path: Path, metrics: Path) -> None:
             if not line.endswith(b"\n"):
                 break
             row = orjson.loads(line)
+            # Rows of validation losses have other keys.
             if "loss" in row:
                 loss_at[row["step"]] = row["loss"]
-    if not loss_at:
-        raise ValueError(f"{metrics} has no row with a loss; it must hold the metrics of at least one step")
+    return loss_at
+
+
+def plot_loss(path: Path, loss_at: Mapping[int, float]) -> None:
+    """Write the training loss over steps."""
     steps = sorted(loss_at)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -67,4 +69,5 @@ def plot_loss(path: Path, metrics: Path) -> None:
 
 
 def _whisker(estimate: Estimate) -> float:
+    # matplotlib takes no None; a whisker of no length cannot be seen.
     return 0.0 if estimate.standard_error is None else 100 * estimate.standard_error

@@ -27,6 +27,7 @@ class PromptRules:
 
 def prompt_rules(inference_prefix: InferencePrefix, eos_id: int, max_positions: int) -> PromptRules:
     """Rules of a checkpoint: base OPT wants `</s>` first, models tuned here want nothing."""
+    # OPT's own tokenizer puts </s> (id 2) first, in the place of a BOS.
     return PromptRules(prefix=(eos_id,) if inference_prefix == "eos" else (), max_positions=max_positions)
 
 
@@ -52,6 +53,7 @@ def fit_prompt(
             f"{rules.max_positions} positions; lower evaluation.max_new_tokens "
             "or drop the example from the bench"
         )
+    # Positions have no token to sit on: the first answer token is predicted from the last of the prompt.
     if len(prompt_T) + len(rules.prefix) == 0:
         raise ValueError(
             f"{name}: the prompt is empty, so nothing predicts the answer's first token; "

@@ -35,6 +35,7 @@ def read_questions(bench: Bench, file: BenchFile, limit: int) -> list[Question]:
 
     Raises ValueError for a row that does not fit the task's metric.
     """
+    # The first and no draw: the same ones in every run, and a higher limit scores these and more.
     rows = islice(bench.rows(file), limit or None)
     return [question_from_row(row, file.metric, file.file) for row in rows]
 
@@ -47,6 +48,7 @@ def question_from_row(row: BenchRow, metric: Metric, file: str) -> Question:
     question = Question(
         id=row["id"],
         prompt=row["src"],
+        # `references` holds `tgt` as well; the writer leaves it out where there is only one.
         references=tuple(row.get("references", [row["tgt"]])),
         # A generated answer is judged by its text, so its candidates are no part of the question.
         candidates=tuple(row.get("candidates", [])) if metric == "accuracy" else (),

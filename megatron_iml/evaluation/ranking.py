@@ -79,6 +79,7 @@ def rank(
     )
     trees: list[Tree] = []
     cut_tokens: list[int] = []
+    # All questions before the first row: the more trees, the fuller the rows.
     for index, question in enumerate(questions):
         documents, source_length, cut = encode_candidates(tokenizer, question, rules)
         trees.extend(grow_trees(index, documents, source_length, row_length))
@@ -98,10 +99,13 @@ def encode_candidates(
 
     All candidates keep the same part of the prompt: what is left beside the longest of them.
     """
+    # As `data/corpus/encoding.py` joins the two: one space between, which the answer's first token takes in.
     source = question.prompt.rstrip(" ")
     texts = [source, *(f"{source} {candidate.rstrip()}" for candidate in question.candidates)]
+    # One batch: the source alone only says where it ends, and its own ids are not used.
     source_T, *joint = tokenizer.encode_batch(texts)
     length = len(source_T)
+    # A boundary that merges tokens could make the joint ids shorter than the source: no target would be left.
     shortest = min(len(ids_T) for ids_T in joint)
     assert shortest >= length, (
         f"{question.id}: a candidate shortened its prompt from {length} tokens to {shortest}"
@@ -111,6 +115,7 @@ def encode_candidates(
     documents = []
     for ids_T in joint:
         prompt_T, cut = fit_prompt(ids_T[:length], answer_tokens, rules, question.id)
+        # [prefix, prompt, answer, </s>]: the same for all candidates up to the answer, unless ids merged.
         documents.append(np.concatenate([prompt_T, ids_T[length:], [tokenizer.eos_id]]).astype(np.int32))
     return documents, len(prompt_T), cut
 
@@ -124,8 +129,10 @@ def grow_trees(
     slots = 0
     for candidate, document_T in enumerate(documents):
         shared = _shared_prefix(documents[members[0][0]], document_T) if members else 0
+        # L tokens take L - 1 slots, less what they share. A trunk always fits: `fit_prompt` has cut it.
         if members and slots + len(document_T) - 1 - shared > row_length:
             trees.append(_tree(question, members, documents, source_length, slots))
+            # The prompt is then stored once more, as the trunk of the next tree.
             members, slots, shared = [], 0, 0
         members.append((candidate, shared))
         slots += len(document_T) - 1 - shared
@@ -139,6 +146,7 @@ def pack_trees(trees: Iterable[Tree], row_length: int) -> list[list[Tree]]:
     free: list[tuple[int, int]] = []  # (free slots, row), sorted
     # Stable: equal trees keep the order of their questions, so rows are the same in every run.
     for tree in sorted(trees, key=lambda tree: -tree.slots):
+        # The smallest space that is large enough; -1 sorts before every row number.
         at = bisect_left(free, (tree.slots, -1))
         if at == len(free):
             rows.append([])
@@ -162,7 +170,9 @@ def _tree(
     pieces = tuple(
         Piece(
             tokens=documents[candidate],
+            # Of every document alike: targets begin at one index, even where shared tokens reach beyond it.
             source_length=source_length,
+            # Within the tree; `_score_row` adds where the tree begins in its row.
             trunk=-1 if position == 0 else 0,
             shared=shared,
         )
@@ -185,10 +195,12 @@ def _score_row(
     owners: list[tuple[Tree, int]] = []
     for tree in trees:
         base = len(pieces)
+        # In the order of pieces, which is that of `assemble_row`'s targets.
         owners.extend((tree, candidate) for candidate in tree.candidates)
         pieces.extend(replace(piece, trunk=base) if piece.trunk == 0 else piece for piece in tree.pieces)
     # In double precision, so that the sum does not depend on the order of a long candidate.
     losses_M = model.target_losses(assemble_row(pieces, row_length, number)).astype(np.float64)
+    # A branch's targets include those that it shares with the trunk: each candidate has its whole answer.
     counts = [len(piece.tokens) - piece.source_length for piece in pieces]
     assert len(losses_M) == sum(counts), f"row {number} has {sum(counts)} targets, got {len(losses_M)} losses"
     reduce = np.sum if scoring == "sum" else np.mean

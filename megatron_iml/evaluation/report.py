@@ -20,7 +20,7 @@ import orjson
 from megatron_iml.data.files import write_atomically
 from megatron_iml.evaluation.aggregate import Aggregate, Estimate, TaskScore, aggregate
 from megatron_iml.evaluation.conditions import RESULT_FORMAT_VERSION, Conditions
-from megatron_iml.evaluation.plots import plot_levels, plot_loss
+from megatron_iml.evaluation.plots import plot_levels, plot_loss, read_losses
 from megatron_iml.evaluation.tables import report_tables, to_markdown
 
 READING_NOTES = """\
@@ -42,16 +42,16 @@ class Report:
 
 
 def write_report(folder: Path, report: Report, baseline: Report | None, metrics: Path | None) -> None:
-    """Write `report.json`, `report.md` and `levels.png`, and `loss.png` if there is a metrics.jsonl."""
+    """Write `report.json`, `report.md` and `levels.png`, and `loss.png` if metrics.jsonl has a loss."""
     folder.mkdir(parents=True, exist_ok=True)
     plot_levels(folder / "levels.png", report.scores, None if baseline is None else baseline.scores)
-    if metrics is not None:
-        plot_loss(folder / "loss.png", metrics)
+    # A run that died before its first step leaves an empty file, which must not cost hours of evaluation.
+    if losses := read_losses(metrics) if metrics is not None else {}:
+        plot_loss(folder / "loss.png", losses)
+    # The plots are there before what links to them; report.md, which people open, comes last.
     content = {**_to_json(report), "baseline": None if baseline is None else _to_json(baseline)}
     write_atomically(folder / "report.json", orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
-    write_atomically(
-        folder / "report.md", report_markdown(report, baseline, has_loss=metrics is not None).encode()
-    )
+    write_atomically(folder / "report.md", report_markdown(report, baseline, has_loss=bool(losses)).encode())
 
 
 def read_report(folder: Path) -> Report:
@@ -69,12 +69,14 @@ def read_report(folder: Path) -> Report:
             f"{RESULT_FORMAT_VERSION}; evaluate again"
         )
     # Averages are made anew: those in the file may come from an older rule.
+    # A field that one of two versions lacks is a TypeError here: raise the version with every change.
     tasks = [TaskScore(**{**task, "estimate": Estimate(**task["estimate"])}) for task in content["tasks"]]
     return Report(Conditions(**content["conditions"]), aggregate(tasks))
 
 
 def report_markdown(report: Report, baseline: Report | None, *, has_loss: bool) -> str:
     """The whole of `report.md`."""
+    # Every condition, in the order of the class: a number without them is worth nothing a year later.
     rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in asdict(report.conditions).items()]
     parts = [
         f"# Evaluation of {report.conditions.checkpoint}",

@@ -39,6 +39,7 @@ def summarise(file: BenchFile, examples: Sequence[ExampleScore]) -> TaskScore:
         level=file.level,
         metric=file.metric,
         estimate=estimate_examples([example.score for example in examples]),
+        # Counted, since a low score of a task whose prompts were cut says little of the model.
         cut_prompts=sum(example.cut_tokens > 0 for example in examples),
         unfinished_answers=sum(not example.finished for example in examples),
         parent=file.parent,
@@ -48,6 +49,7 @@ def summarise(file: BenchFile, examples: Sequence[ExampleScore]) -> TaskScore:
 def write_result(folder: Path, stem: str, result: TaskResult) -> None:
     """Write the result of the bench file `stem`; the folder is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Whole or absent: a kill in the middle must not leave a score that is read back.
     write_atomically(folder / f"{stem}.json", orjson.dumps(asdict(result)))
 
 

@@ -50,11 +50,13 @@ def evaluate_bench(
     with _progress(console, visible=replicas.writes) as progress:
         tasks_bar = progress.add_task("tasks", total=len(files), completed=len(scores))
         work_bar = progress.add_task("")
+        # The same list on every process, in the same order: each file is a gather of all.
         for file in [file for file in files if file.stem not in scores]:
             progress.reset(work_bar, description=file.task)
             track = partial(progress.track, task_id=work_bar)
             questions = read_questions(bench, file, conditions.examples_per_task)
             examples = _score_shared(evaluator, questions, file.metric, replicas, track)
+            # On every process, from the same examples: the report needs all scores on whoever writes it.
             scores[file.stem] = summarise(file, examples)
             if replicas.writes:
                 result = TaskResult(fingerprints[file.stem], scores[file.stem], examples)
@@ -67,6 +69,7 @@ def _score_shared(
     evaluator: Evaluator, questions: Sequence[Question], metric: Metric, replicas: Replicas, track: Track
 ) -> tuple[ExampleScore, ...]:
     """Scores of all questions, each answered by one replica."""
+    # May be none of them, where a file has fewer examples than there are replicas.
     mine = shard(questions, replicas.rank, replicas.size)
     return tuple(merge(replicas.gather(score_questions(evaluator, mine, metric, track))))
 

@@ -62,6 +62,7 @@ def words(level: str) -> str:
 
 
 def _level_rows(scores: Aggregate) -> Rows:
+    # The sum line stands in the same table, last, so that no one takes it for a level.
     named = {words(level): estimate for level, estimate in scores.levels.items()}
     return {(name,): estimate for name, estimate in (named | {"all levels": scores.overall}).items()}
 
@@ -106,6 +107,7 @@ def _table(
     if baseline is not None:
         theirs = rows_of(baseline)
         header = (*header, "baseline", "difference")
+        # Every label of ours is one of theirs: `check_comparable` wants the same bench, split and examples.
         rows = [(*row, *_against(ours[label], theirs[label])) for row, label in zip(rows, ours, strict=True)]
     return Table(title, header, len(labels), tuple(rows))
 

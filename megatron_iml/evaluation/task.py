@@ -51,6 +51,7 @@ class Evaluator:
     scores.
     """
 
+    # Of any cache: this only hands the model on to `rank` and `generate`.
     model: LanguageModel[Any]
     tokenizer: Tokenizer
     conditions: Conditions
@@ -61,6 +62,7 @@ class Evaluator:
     def rules(self) -> PromptRules:
         """How a question becomes a prompt."""
         conditions = self.conditions
+        # From the conditions and not from the config: what the report says is what was done.
         return prompt_rules(conditions.inference_prefix, self.tokenizer.eos_id, conditions.max_positions)
 
 
@@ -68,6 +70,7 @@ def score_questions(
     evaluator: Evaluator, questions: Sequence[Question], metric: Metric, track: Track
 ) -> list[ExampleScore]:
     """Answer and score questions, in their order."""
+    # The metric alone decides: exact match and Rouge-L ignore candidates even where a row has them.
     if metric == "accuracy":
         return _score_rankings(evaluator, questions, track)
     return _score_generations(
@@ -90,6 +93,7 @@ def _score_rankings(evaluator: Evaluator, questions: Sequence[Question], track: 
         ExampleScore(
             id=question.id,
             score=accuracy(ranking.scores, question.correct),
+            # The first of equals: a tie scores 0 all the same, since accuracy wants strictly more.
             answer=question.candidates[max(range(len(ranking.scores)), key=ranking.scores.__getitem__)],
             references=question.references,
             candidate_scores=ranking.scores,
@@ -121,6 +125,7 @@ def _score_generations(
         ExampleScore(
             id=question.id,
             score=compare(generation.text, question.references),
+            # What a reader sees; the metrics strip by themselves.
             answer=generation.text.strip(),
             references=question.references,
             candidate_scores=(),

@@ -138,6 +138,18 @@ def test_generate_answers_prompts_in_order(
     assert json.loads(capsys.readouterr().out) == {**rows[0], "id": "0"}
 
 
+def test_generate_cuts_prompts_where_the_evaluation_does(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 8 positions hold 9 tokens, 6 of them the answer: 3 bytes of a prompt, though the table has 32 positions.
+    answered = []
+    for prompt in ("a long prompt:", "pt:"):
+        arguments = ("--config", config, "--checkpoint", "start", "data.row_length=8", "--prompt", prompt)
+        assert run(generate, *arguments) == 0
+        answered.append(json.loads(capsys.readouterr().out)["answer"])
+    assert answered[0] == answered[1]
+
+
 @pytest.fixture
 def native(config: Path, tmp_path: Path) -> Path:
     """A native checkpoint of the weights that `start` means."""
@@ -202,6 +214,11 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     (folder / "a.bin").write_bytes(bytes(5 << 20))
     (folder / "a.bin").rename(folder / "b.bin")
     assert fingerprint_weights(config, folder) != first
+    # metaseq's weights may be one file.
+    files = [tmp_path / "first.pt", tmp_path / "second.pt"]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes([number]))
+    assert fingerprint_weights(config, files[0]) != fingerprint_weights(config, files[1])
     other_seed = Config(training=TrainingConfig(seed=1))
     assert fingerprint_weights(config, None) != fingerprint_weights(other_seed, None)
 

@@ -102,6 +102,10 @@ def test_plots_are_written_and_named(report: Report, baseline: Report, tmp_path:
     write_report(tmp_path, report, baseline, None)
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "levels.png"}
     assert "loss.png" not in (tmp_path / "report.md").read_text()
+    # Of a run that died in its first step.
+    (tmp_path / "metrics.jsonl").write_text("")
+    write_report(tmp_path, report, baseline, tmp_path / "metrics.jsonl")
+    assert not (tmp_path / "loss.png").exists() and "loss.png" not in (tmp_path / "report.md").read_text()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     write_report(tmp_path, report, baseline, tmp_path / "metrics.jsonl")
     text = (tmp_path / "report.md").read_text()
