@@ -60,11 +60,13 @@ def _instances(paths: Sequence[Path], sentence: str, counts: TaskCounts) -> Inst
     for path in paths:
         for number, columns in separated_lines(path):
             text, *outputs = columns
+            # A hash in place of the line: five draws of a task hold its test file five times.
             line = source_hash("\t".join(columns))
             if line in seen:
                 yield f"{path.stem}-{number}", "repeats a line of another draw"
                 continue
             seen.add(line)
+            # After the repeats: a blank line of five draws is one fault of the data, and counted once.
             if not text.strip() or not any(output.strip() for output in outputs):
                 yield f"{path.stem}-{number}", "no input or no output"
                 continue

@@ -47,11 +47,13 @@ def _instances(paths: Sequence[Path], counts: TaskCounts) -> Instances:
             if len(turns) < 2:
                 yield id, "fewer than two turns"
             else:
+                # All of it is target: the paper trained on dialogues as on pretraining text.
                 yield id, Form("", ("\n".join(turns),))
 
 
 def _listed(path: Path) -> Iterator[tuple[int, list[str]]]:
     for number, row in table_rows(path):
+        # Whichever comes first of the four; a row without any has no turns, and is counted so.
         field = next((field for field in FIELDS if isinstance(row.get(field), list)), None)
         turns = row[field] if field is not None else []
         texts = [turn.get("text") if isinstance(turn, dict) else turn for turn in turns]
@@ -69,6 +71,7 @@ def _numbered(path: Path) -> Iterator[tuple[int, list[str]]]:
             raise ValueError(
                 f"{path}:{number}: no number before the text; give ParlAI's lines `1 text<TAB>reply`"
             )
+        # A number 1 is the only sign of where a dialogue ends.
         if found[1] == "1" and turns:
             yield start, turns
             turns, start = [], number

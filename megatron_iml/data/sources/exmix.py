@@ -45,6 +45,7 @@ def read(folder: Path, drops: Drops, *, data_set: str = "", instructions: str = 
     paths = source_files(folder, pattern, drops)
     sentence = instruction_of(load_instructions(BENCHMARK, folder, instructions), data_set, BENCHMARK)
     pick = partial(_instances, paths, rows, sentence)
+    # Two labels, always the same: elsewhere the wrong answers of a row are not known.
     ranked = data_set in ("gpt2_output", "wikipedia_toxicity_subtypes")
     metric: Metric = "accuracy" if ranked else "rouge_l"
     yield make_task(
@@ -62,6 +63,7 @@ def _instances(
         for number, answer in rows(path, counts):
             # The whole name: parallel files differ in their suffix alone.
             id = f"{path.name}-{number}"
+            # A tuple is an answer, a text the reason against one.
             if isinstance(answer, str):
                 yield id, answer
             else:
@@ -92,6 +94,7 @@ def _shakespeare(path: Path, counts: TaskCounts) -> Iterator[tuple[int, Answer]]
 
 
 def _gpt2(path: Path, counts: TaskCounts) -> Iterator[tuple[int, Answer]]:
+    # By the file: webtext is what people wrote, all others are samples of GPT-2's sizes.
     answer = "no" if path.name.startswith("webtext") else "yes"
     for number, row in json_lines(path):
         text = as_text(row.get("text"), counts)
@@ -104,6 +107,7 @@ def _intents(path: Path, counts: TaskCounts) -> Iterator[tuple[int, Answer]]:
         if text is None or intent is None:
             yield number, "no text or no category"
         else:
+            # card_arrival is an identifier; the model is to write words.
             yield number, (text, (intent.replace("_", " "),), ())
 
 
@@ -116,6 +120,7 @@ def _kilt(path: Path, counts: TaskCounts) -> Iterator[tuple[int, Answer]]:
             if isinstance(outputs, list)
             else []
         )
+        # KILT's outputs also list evidence without an answer, and an answer more than once.
         targets = tuple(dict.fromkeys(answer for answer in answers if isinstance(answer, str)))
         yield number, (text, targets, ()) if text is not None and targets else "no input or no answer"
 
@@ -127,6 +132,7 @@ def _toxicity(path: Path, counts: TaskCounts) -> Iterator[tuple[int, Answer]]:
         if text is None or label is None:
             yield number, "no text or no toxicity"
         else:
+            # Texts: CSV has no types, and `as_text` has made the others of JSON's.
             yield number, (text, ("no" if label in ("0", "0.0", "False") else "yes",), ("yes", "no"))
 
 

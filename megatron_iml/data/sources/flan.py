@@ -30,6 +30,7 @@ from megatron_iml.data.taxonomy.data_sources import data_source
 from megatron_iml.data.text_files import as_text, as_texts, json_object
 
 BENCHMARK = "FLAN"
+# FLAN's words for its label numbers, its capitals and its order: an index into them is the label.
 THREE_WAY = ("Yes", "It's impossible to say", "No")
 TWO_WAY = ("no", "yes")
 # What FLAN shows for the label numbers of data sets whose rows come without `options` and `answer`.
@@ -79,6 +80,7 @@ def read(folder: Path, drops: Drops, *, templates: str = "../templates.py", seed
     for path in table_files(folder, "**/*", drops):
         relative = path.relative_to(folder)
         files.setdefault(relative.parts[0] if len(relative.parts) > 1 else path.stem, []).append(path)
+    # A task of its own for each name, though parts share templates: anli_r1 and anli_r2 are scored apart.
     for name, paths in sorted(files.items()):
         fitting = [task for task in patterns if name == task or name.startswith(task + "_")]
         if not fitting:
@@ -87,6 +89,7 @@ def read(folder: Path, drops: Drops, *, templates: str = "../templates.py", seed
             )
         task = max(fitting, key=len)
         pick = partial(_instances, paths, task, straight(patterns[task]), seed)
+        # Of the templates alone: what the rows hold is not known until they are read.
         metric = _metric(straight(patterns[task]))
         yield make_task(drops, BENCHMARK, name, task, pick, metric=metric, data_sources=(data_source(task),))
 
@@ -101,6 +104,7 @@ def load_patterns(path: Path) -> Mapping[str, list[Pattern]]:
     if not path.is_file():
         raise FileNotFoundError(f"no templates {path}; give the option `templates`")
     try:
+        # literal_eval takes no calls and no names: a file of templates from elsewhere runs nothing.
         found = json_object(path) if path.suffix == ".json" else _literal(path)
         return {
             task: [Pattern(str(source), str(target)) for source, target in pairs]
@@ -137,6 +141,7 @@ def _instances(
     for path in paths:
         for number, row in table_rows(path):
             id = f"{path.stem}-{number}"
+            # By file and line, so that the same row has the same template in every run.
             pattern = patterns[draw(len(patterns), str(seed), id)]
             yield id, _form(_answered(row, task), pattern, row_key(row), counts)
 
@@ -144,6 +149,7 @@ def _instances(
 def _answered(row: dict[str, Any], task: str) -> dict[str, Any]:
     """A row of label numbers with the words that FLAN has for them."""
     options, label = OPTIONS.get(task, ()), row.get("label")
+    # type and not isinstance: True is no label. A row that brings its answer needs no words of ours.
     if "answer" in row or type(label) is not int or not 0 <= label < len(options):
         return row
     return {**row, "options": list(options), "answer": options[label]}
@@ -156,6 +162,7 @@ def _form(row: dict[str, Any], pattern: Pattern, instance: str, counts: TaskCoun
     listed = "OPTIONS:\n" + "\n".join(f"- {option}" for option in options)
     # ReCoRD's templates have a name of their own for it.
     fields = {"options_": listed, "options_str": listed} if options else {}
+    # Only what this template names: a row may lack what other templates show.
     for _, field, _, _ in Formatter().parse(pattern.source + pattern.target):
         if field is None or field in fields:
             continue

@@ -38,6 +38,7 @@ def read(folder: Path, drops: Drops) -> Iterator[Task]:
         name = "cot_" + path.name.removesuffix("_train.tsv")
         counts = drops.task(BENCHMARK, name)
         pick = partial(_examples, path, name, counts)
+        # `cot_` belongs to FLAN's file and not to the data set: `data_source` takes it off.
         source = data_source(name)
         yield Task(name, BENCHMARK, CATEGORY, "rouge_l", pick, data_sources=(source,), parent=source)
 

@@ -44,6 +44,7 @@ def make_task(
     Its parent is its data set: the name under which evaluation finds it in other benchmarks.
     """
     parent = data_sources[0] if data_sources else ""
+    # partial and no closure: tasks are pickled for the processes that write them.
     examples = partial(_examples, benchmark, name, label, instances, drops.task(benchmark, name))
     return Task(name, benchmark, label, metric, examples, data_sources, parent, evaluation_only)
 
@@ -55,9 +56,11 @@ def _examples(
     instances: Callable[[TaskCounts], Instances],
     counts: TaskCounts,
 ) -> Iterator[Example]:
+    # Counted here alone, for every pair: a reader cannot forget one, so the ledger closes.
     for id, form in instances(counts):
         counts.read += 1
         if isinstance(form, str):
             counts.drop(form)
         else:
+            # In the order of Form's fields, which is that of Example's last five.
             yield Example(id, name, benchmark, label, *form)

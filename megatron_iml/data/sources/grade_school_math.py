@@ -24,6 +24,7 @@ from megatron_iml.data.sources.reasoning_form import (
 )
 from megatron_iml.data.text_files import as_text, json_lines, source_files
 
+# For a calculator that GSM8K's authors let the model call; nothing here answers the call.
 CALCULATOR_ANNOTATION = re.compile(r"<<[^<>]*>>")
 ANSWER_MARK = "####"
 
@@ -47,6 +48,7 @@ def read(folder: Path, drops: Drops, *, parts: Sequence[str] = ("train",)) -> It
                 f"{folder}: {len(paths)} files {part}.jsonl; give the folder that holds the one meant"
             )
         for path in paths:
+            # The part is in the name, so that `held_out_tasks` can name the test questions alone.
             name = f"gsm8k_{part}"
             examples = partial(_examples, path, part, drops.task(BENCHMARK, name))
             source = "gsm8k"

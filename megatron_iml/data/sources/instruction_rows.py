@@ -35,6 +35,7 @@ def read(folder: Path, drops: Drops, *, files: str = "**/*") -> Iterator[Task]:
     Raises:
         ValueError: nothing matches.
     """
+    # A task for each file: people keep one data set of instructions in one file.
     for path in table_files(folder, files, drops):
         source = (data_source(path.stem),)
         yield make_task(drops, BENCHMARK, path.stem, CATEGORY, partial(_instances, path), data_sources=source)
@@ -42,6 +43,7 @@ def read(folder: Path, drops: Drops, *, files: str = "**/*") -> Iterator[Task]:
 
 def _instances(path: Path, counts: TaskCounts) -> Instances:
     for number, row in table_rows(path):
+        # Alpaca's rows are their own only instance.
         nested = row.get("instances")
         for index, instance in enumerate(nested if isinstance(nested, list) else [row]):
             # Rows of one instruction stay together: the instruction is most of what they ask.

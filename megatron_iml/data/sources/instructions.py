@@ -19,6 +19,7 @@ OURS = Path(__file__).with_name("instructions.yaml")
 
 def load_instructions(benchmark: str, folder: Path, own: str) -> Mapping[str, str]:
     """Sentences of a benchmark by task, those of the file `own` below `folder` over ours."""
+    # A copy: the user's sentences go over ours for this source alone.
     sentences = dict(yaml_mapping(OURS)[benchmark])
     if own:
         sentences |= yaml_mapping(folder / own)
@@ -30,6 +31,7 @@ def load_instructions(benchmark: str, folder: Path, own: str) -> Mapping[str, st
 
 def instruction_of(sentences: Mapping[str, str], name: str, benchmark: str) -> str:
     """The sentence of a task; a task without one is a `ValueError` that says where to write it."""
+    # Only at a "-" or "_": the key `art` must not speak for the task `artificial`.
     fitting = [key for key in sentences if name == key or name.startswith((f"{key}-", f"{key}_"))]
     if not fitting:
         raise ValueError(

@@ -63,11 +63,13 @@ class Template:
             key: decides what `choice` draws.
         """
         variables = {
+            # `choice` last: a column of that name would hide the function from every template.
             **{name: _hide(value) for name, value in row.items()},
             "choice": _Choice(f"{key}\0{self.name}"),
         }
         try:
             if self.answer_choices is not None:
+                # Before the body, which may use them: {{answer_choices[label]}}.
                 choices = self.answer_choices.render(variables).split(SEPARATOR)
                 variables["answer_choices"] = [
                     choice.strip().replace(HIDDEN, SEPARATOR) for choice in choices
@@ -77,6 +79,7 @@ class Template:
             # What rows lack shows in many ways, e.g. `choices.index(answer)`; the reader counts them all.
             return None
         parts = [part.strip().replace(HIDDEN, SEPARATOR) for part in rendered.split(SEPARATOR)]
+        # Templates leave a row out by rendering nothing for it, or no "|||".
         if len(parts) != 2 or not all(parts):
             return None
         candidates = variables.get("answer_choices", []) if self.ranks else []
@@ -117,6 +120,7 @@ def plain_name(*parts: str) -> str:
 
 def _entries(path: Path) -> list[dict[str, Any]]:
     try:
+        # libyaml's loader: the repository has hundreds of these files, and the pure one is many times slower.
         entries = list(yaml.load(path.read_bytes(), Loader=_Loader)["templates"].values())
         # Looked up here, where the file can be named.
         for entry in entries:
@@ -137,6 +141,7 @@ def _mapping(loader: yaml.CSafeLoader, node: yaml.MappingNode) -> dict[Any, Any]
     return loader.construct_mapping(node, deep=True)
 
 
+# On a loader of our own: add_constructor on yaml's would change it for the whole process.
 for _tag in ("!Template", "!TemplateMetadata"):
     _Loader.add_constructor(_tag, _mapping)
 
@@ -144,8 +149,10 @@ for _tag in ("!Template", "!TemplateMetadata"):
 def _compiled(entry: dict[str, Any]) -> Template:
     # A sandbox each: filters hold nothing, and templates cannot reach one another.
     environment = SandboxedEnvironment(loader=None, autoescape=False)
+    # These four are what PromptSource's own environment offers beyond Jinja's.
     environment.globals["zip"] = zip
     environment.filters["most_frequent"] = _most_frequent
+    # Markup of its web page there; a prompt wants the bare text.
     environment.filters["highlight"] = str
     environment.filters["choice"] = _draw_one
     choices = entry["answer_choices"]

@@ -43,6 +43,7 @@ def read(folder: Path, drops: Drops, *, part: str = "test") -> Iterator[Task]:
             partial(_instances, path, subject.replace("_", " ")),
             metric="accuracy",
             data_sources=("mmlu",),
+            # The paper evaluates on MMLU; training on any part of it would void the comparison.
             evaluation_only=True,
         )
 
@@ -56,5 +57,6 @@ def _instances(path: Path, subject: str, counts: TaskCounts) -> Instances:
             continue
         question, *answers, right = record
         options = "\n".join(f"{letter}. {answer}" for letter, answer in zip(LETTERS, answers, strict=True))
+        # The prompt of MMLU's own evaluate.py, whose scores others quote; the answer is a letter alone.
         source = f"{instruction}\n\n{question.strip()}\n{options}\nAnswer:"
         yield f"{path.stem}-{number}", Form(source, (right.strip(),), LETTERS, instruction)

@@ -38,6 +38,7 @@ def read(folder: Path, drops: Drops, *, field: str = "text", piece_characters: i
         raise ValueError(f"pretraining_text: piece_characters is {piece_characters}; give 1 or more")
     paths = table_files(folder, "**/*", drops)
     pick = partial(_instances, paths, field, piece_characters)
+    # One task, whatever the files: mixtures weigh replay as a whole.
     yield make_task(drops, BENCHMARK, folder.name, "Pretraining", pick)
 
 
@@ -48,6 +49,7 @@ def pieces(text: str, longest: int) -> Iterator[str]:
         cuts = (text.rfind(mark, longest // 2, longest) for mark in ("\n\n", "\n", " "))
         cut = next((cut for cut in cuts if cut > 0), longest)
         yield text[:cut]
+        # Else the next piece would begin with the line break that this one ends before.
         text = text[cut:].lstrip()
     yield text
 
@@ -62,4 +64,5 @@ def _instances(paths: Sequence[Path], field: str, longest: int, counts: TaskCoun
             for index, piece in enumerate(pieces(text, longest)):
                 if index:
                     counts.repaired["piece of a long document"] += 1
+                # One instance: no split may put half of a page among its test rows.
                 yield f"{path.stem}-{number}-{index}", Form("", (piece,), instance=f"{path.stem}-{number}")

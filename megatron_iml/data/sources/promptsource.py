@@ -55,8 +55,10 @@ def read(
     found = 0
     for path in sorted(root.rglob("templates.yaml")):
         data_set = path.parent.relative_to(root)
+        # Of this folder alone: a subset's rows lie below, under its own templates.
         tables = [table for table in sorted((folder / data_set).glob("*")) if table.suffix in KINDS]
         files = [table for table in tables if table.stem.startswith(tuple(row_splits))]
+        # Before the splits are looked at: rows of other splits alone are no sign of a wrong folder.
         found += bool(tables)
         if not files:
             # Templates without rows are the rule, rows that nothing reads are worth a line.
@@ -67,9 +69,11 @@ def read(
         if not usable:
             drops.skip_file(folder / data_set, "no template of the original task")
             continue
+        # "__" parts data set and subset for `data_source` and for the table of categories.
         name = "__".join(data_set.parts)
         # Templates are compiled anew where rows are read: a task must be able to move to another process.
         pick = partial(_examples, files, name, path, drops.task(BENCHMARK, name), prompts_per_row, seed)
+        # All: a row whose template has no candidates could not be ranked, and a task has one metric.
         ranked = all(template.ranks for template in usable)
         source = data_source(name)
         metric: Metric = "accuracy" if ranked else "rouge_l"
@@ -90,6 +94,7 @@ def _examples(
     for path in files:
         for number, row in table_rows(path):
             place = f"{path.stem}-{number}"
+            # By seed, file and line, not by a generator's state: several processes read tasks, in any order.
             prompts = _prompts(row, templates, counts, prompts_per_row or len(templates), f"{seed} {place}")
             # One read per prompt that is written, so that the account closes whatever the option.
             counts.read += max(1, len(prompts))
@@ -113,6 +118,7 @@ def _prompts(
 ) -> list[Prompt]:
     """The first `wanted` prompts of the templates in an order that the key gives."""
     prompts: list[Prompt] = []
+    # An order and no single draw, for the next in line stands in where one renders blank.
     for template in sorted(templates, key=lambda template: draw(1 << 62, key, template.name)):
         prompt = template.render(row, key)
         if prompt is None:

@@ -39,6 +39,7 @@ def read(folder: Path, drops: Drops, *, instructions: str = "") -> Iterator[Task
         ValueError: a task without an instruction, or without the column `Label`.
     """
     sentences = load_instructions(BENCHMARK, folder, instructions)
+    # Fifty rows each, and called train: they are the only ones with labels.
     for path in source_files(folder, "*/train.csv", drops):
         name = path.parent.name
         labels = _labels(path)
@@ -51,6 +52,7 @@ def read(folder: Path, drops: Drops, *, instructions: str = "") -> Iterator[Task
             partial(_instances, path, instruction, labels),
             metric="accuracy",
             data_sources=(data_source(name),),
+            # Fifty rows are its whole point: what was tuned on them has no few-shot score.
             evaluation_only=True,
         )
 
@@ -60,7 +62,9 @@ def _labels(path: Path) -> tuple[str, ...]:
     if description.is_file():
         columns = json_object(description).get("label_columns", {})
         if isinstance(columns, Mapping) and isinstance(columns.get(LABEL), list):
+            # In the authors' order, and with labels that none of the fifty rows has.
             return tuple(map(str, columns[LABEL]))
+    # Without task.json the labels that occur must do, in alphabetical order.
     labels = {row.get(LABEL) for _, row in table_rows(path)}
     if None in labels:
         raise ValueError(f"{path}: no column `{LABEL}`; a RAFT task has one, and an ID")
@@ -74,5 +78,6 @@ def _instances(path: Path, instruction: str, labels: tuple[str, ...], counts: Ta
         if label not in labels:
             yield id, "label is not one of the task's"
             continue
+        # ID is left out, since it follows the order of the rows and so could follow the label.
         fields = "\n".join(f"{name}: {text}" for name, text in row.items() if name not in (LABEL, "ID"))
         yield id, Form(f"{instruction}\n\n{fields}\n{LABEL}:", (label,), labels, instruction)

@@ -54,6 +54,7 @@ def read(folder: Path, drops: Drops, *, data_set: str = "") -> Iterator[Task]:
         known = ", ".join(DATA_SETS)
         raise ValueError(f"reasoning: no data set {data_set!r}; give the option data_set: {known}")
     found = DATA_SETS[data_set]
+    # AQuA's .tok.json repeat its rows with their words parted by blanks.
     paths = [path for path in source_files(folder, found.pattern, drops) if ".tok." not in path.name]
     pick = partial(_instances, paths, folder, found)
     yield make_task(drops, BENCHMARK, data_set, CATEGORY, pick, data_sources=(data_source(data_set),))
@@ -63,11 +64,22 @@ def _instances(paths: list[Path], folder: Path, data_set: "DataSet", counts: Tas
     for path in paths:
         # The path: MATH has a file for each problem, numbered anew in every folder.
         place = path.relative_to(folder).with_suffix("").as_posix()
-        for id, solved in data_set.read(path):
+        for id, solved in _solved(data_set.read, path):
             # Before a hyphen stands what several questions are about: a story whose next question quotes the
             # last one's answer, a theory whose proofs are one text.
             about = f"{place}-{id.partition('-')[0]}"
             yield f"{place}-{id}", _form(solved, data_set.instruction, about)
+
+
+def _solved(read_file: Reader, path: Path) -> Iterator[tuple[str, Solved]]:
+    # Readers of single rows count what is malformed; one that joins files or nests stories cannot go on.
+    try:
+        yield from read_file(path)
+    except MALFORMED as error:
+        raise ValueError(
+            f"{path}: not in the format of its data set ({type(error).__name__}: {error}); "
+            "fix or remove the file, or correct the option data_set"
+        ) from error
 
 
 def _form(solved: Solved, instruction: str, instance: str) -> Form | str:
@@ -127,6 +139,7 @@ def _proof_writer(path: Path) -> Iterator[tuple[str, Solved]]:
     """Theories with their questions (`meta-*.jsonl`), or a row for each question, as copies have it."""
     for number, row in table_rows(path):
         nested = row.get("questions")
+        # Keyed Q1, Q2, ... in the official files.
         questions = nested if isinstance(nested, dict) else {"0": row}
         for name, asked in questions.items():
             try:
@@ -147,7 +160,8 @@ def _math(path: Path) -> Iterator[tuple[str, Solved]]:
 
 def _boxed(solution: str) -> str:
     r"""What the last \boxed{...} of a solution holds; braces nest in it."""
-    found = list(re.finditer(r"\\f?boxed\s*\{", solution))
+    # The last: earlier boxes hold intermediate results. MATH's own scorer takes \fbox as well.
+    found = list(re.finditer(r"\\(?:boxed|fbox)\s*\{", solution))
     if not found:
         return ""
     depth, start = 1, found[-1].end()
@@ -161,10 +175,14 @@ def _boxed(solution: str) -> str:
 def _coqa(path: Path) -> Iterator[tuple[str, Solved]]:
     for story_number, story in enumerate(json_object(path)["data"]):
         asked = ""
+        if len(story["questions"]) != len(story["answers"]):
+            yield f"{story_number}-0", "not as many answers as questions in the story"
+            continue
         for question, answer in zip(story["questions"], story["answers"], strict=True):
             asked += f"\nQ: {question['input_text']}"
             solved = (f"{story['story']}{asked}", answer["input_text"], (answer["span_text"],))
             yield f"{story_number}-{question['turn_id']}", solved
+            # The true answer and not the model's: the next question refers to it.
             asked += f"\nA: {answer['input_text']}"
 
 

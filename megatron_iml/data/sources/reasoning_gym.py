@@ -21,6 +21,7 @@ from megatron_iml.data.ledger import Drops, TaskCounts
 
 BENCHMARK = "ReasoningGym"
 
+# Every answer that the generators of the task give: the writer drops a row whose answer is none of them.
 TRUE_FALSE = ("True", "False")
 YES_NO = ("Yes", "No")
 LIGHT = ("on", "off", "undetermined")
@@ -168,6 +169,7 @@ def _examples(task: GymTask, counts: TaskCounts, examples_per_task: int, seed: i
             category=task.category,
             source=question.rstrip(),
             targets=(answer,),
+            # The closed set of the generator and not the item's options: every item ranks the same.
             candidates=task.candidates,
         )
 

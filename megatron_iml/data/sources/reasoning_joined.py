@@ -24,6 +24,7 @@ def cos_e(path: Path) -> Iterator[tuple[str, Solved]]:
     files = sorted(path.parent.glob(f"cose_{part}*.jsonl"))
     if not files:
         raise FileNotFoundError(f"{path} has no explanations cose_{part}*.jsonl beside it")
+    # All of them in memory: 10,000 sentences.
     explanations = {
         row["id"]: row["explanation"]["open-ended"] for file in files for _, row in json_lines(file)
     }
@@ -32,6 +33,7 @@ def cos_e(path: Path) -> Iterator[tuple[str, Solved]]:
         if explanation is None or not isinstance(question, dict):
             yield str(number), "no explanation of that id"
             continue
+        # Test questions have no answerKey: their answer is empty, which the caller counts.
         choices = {choice["label"]: choice["text"] for choice in question["choices"]}
         options = "\n".join(f"({label}) {text}" for label, text in choices.items())
         yield (
@@ -48,7 +50,9 @@ def e_snli(path: Path) -> Iterator[tuple[str, Solved]]:
     explained = sorted(path.parent.glob(f"*expl_1{part}"))
     if not explained:
         raise FileNotFoundError(f"{path} has no explanations *expl_1{part} beside it")
+    # Three people explained each pair of dev and test, one each of train: the first of each is taken.
     files = [path, path.with_name(f"s2{part}"), path.with_name(f"labels{part}"), explained[0]]
+    # strict: a file that ends early has lost a line, and every pair after it would be wrong.
     lines = zip(*(text_lines(file) for file in files), strict=True)
     try:
         for (number, premise), (_, hypothesis), (_, label), (_, reason) in lines:
@@ -71,6 +75,7 @@ def wino_why(path: Path) -> Iterator[tuple[str, Solved]]:
             f"{text['txt1'].strip()} {text['pron'].strip()} {text['txt2'].strip()}\n"
             f'Who or what is "{text["pron"].strip()}": {" or ".join(answers)}?'
         )
+        # Of the letters of two answers, written with a full stop in some rows.
         answer = answers[0 if row["correctAnswer"].strip(" .") == "A" else 1]
         reasons = tuple(
             reason for reason, source, _, label in row["reasons"] if (source, label) == ("human", "Valid")

@@ -60,10 +60,12 @@ def _instances(paths: Sequence[Path], turned: frozenset[str], counts: TaskCounts
 def _form(record: object, turned: frozenset[str], counts: TaskCounts) -> Form | str:
     if not isinstance(record, list) or len(record) != 3 or str(record[2]).count("|") < 3:
         return "not [input, outputs, place]"
+    # A template's own name may hold "|": whatever stands between split and row is it.
     data_set, split, *template, row = str(record[2]).split("|")
     if plain_name(data_set, *template) in turned:
         return "template of another task"
     source, targets = as_text(record[0], counts), as_texts(record[1], counts)
     if source is None or targets is None:
         return "a field is not text"
+    # The row and not the template: its renderings are one instance.
     return Form(source.rstrip(), targets, instance=f"{split}|{row}")

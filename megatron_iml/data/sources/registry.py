@@ -44,6 +44,7 @@ from megatron_iml.data.sources import (
 )
 
 READERS: Mapping[str, Callable[..., Iterator[Task]]] = {
+    # Names are part of users' configs: a module may be renamed, its key may not.
     "big_bench_hard": big_bench_hard.read,
     "crossfit": crossfit.read,
     "dialogues": dialogues.read,
@@ -74,6 +75,7 @@ class Source:
     """One entry of a bench config, checked."""
 
     reader: str
+    # Resolved by `bench/config.py`; None for a reader that makes its examples.
     folder: Path | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     only_new: bool = False
@@ -81,6 +83,7 @@ class Source:
 
     def __post_init__(self) -> None:
         if self.reader not in READERS:
+            # The nearest, or all twenty: a name unlike any other is no typing error.
             near = get_close_matches(self.reader, READERS, n=1) or sorted(READERS)
             raise ValueError(f"no reader {self.reader!r}; choose from {', '.join(near)}")
         if (self.folder is None) != (self.reader in GENERATORS):
@@ -91,6 +94,7 @@ class Source:
         defaults = {
             name: parameter.default
             for name, parameter in inspect.signature(READERS[self.reader]).parameters.items()
+            # The two positional ones are the folder and the ledger, which the config does not give.
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         }
         for name, value in self.options.items():
@@ -99,6 +103,7 @@ class Source:
                 raise ValueError(f"reader {self.reader} has no option {name!r}; its options: {known}")
             # The defaults say which types are right; a list in YAML is a sequence in Python.
             expected = list if isinstance(defaults[name], tuple) else type(defaults[name])
+            # Exactly: isinstance would take `true` for a seed of 1.
             if type(value) is not expected:
                 raise ValueError(
                     f"reader {self.reader}: option {name} is {value!r}; give {expected.__name__}"

@@ -48,6 +48,7 @@ def read(
     Raises:
         ValueError: a file whose name begins with no data set of the benchmark; a line without both fields.
     """
+    # File names were made from data sets by replacing whatever is no letter, so both are compared so.
     names = {plain_name(name): name for owner, name in load_categories().labels if owner == benchmark}
     files: dict[str, list[Path]] = {}
     turned = turned_templates(folder / templates) if templates else frozenset()
@@ -81,9 +82,12 @@ def _instances(paths: Sequence[Path], counts: TaskCounts) -> Instances:
             if source is None or target is None:
                 yield f"{path.stem}-{number}", "a field is not text"
                 continue
+            # rstrip before: blanks may follow the mark.
             target = target.rstrip().removesuffix(END_OF_TEXT)
+            # Held back by one row, since only the next one tells whether there are more references.
             if waiting is not None and waiting[1].source == source.rstrip():
                 waiting = waiting[0], waiting[1]._replace(targets=(*waiting[1].targets, target))
+                # A line read is a line accounted for, and this one becomes no example of its own.
                 yield waiting[0], "one more reference of the row before"
                 continue
             if waiting is not None:

@@ -36,6 +36,7 @@ def read(folder: Path, drops: Drops) -> Iterator[Task]:
     """
     shards: dict[str, list[Path]] = {}
     for path in source_files(folder, "**/*.jsonl", drops):
+        # By name alone, over all folders: that is how metaseq shards a task.
         shards.setdefault(path.stem, []).append(path)
     for stem, paths in sorted(shards.items()):
         # Twice only: names of tasks hold "__" themselves.
@@ -51,6 +52,7 @@ def read(folder: Path, drops: Drops) -> Iterator[Task]:
 
 def _metric(path: Path) -> Metric:
     # The metric is asked for before any row is written; the writer drops rows that do not fit it.
+    # The first row speaks for all: a file of gigabytes is not read twice to find out.
     for _, row in json_lines(path):
         return "accuracy" if row.get("candidates") else "rouge_l"
     return "rouge_l"
@@ -83,6 +85,7 @@ def _example(
         counts.drop("a field is not text")
         return None
     return Example(
+        # Not `or`: an id of 0 is an id.
         id=str(index if row.get("id") is None else row["id"]),
         task=name.task,
         benchmark=name.benchmark,

@@ -48,6 +48,7 @@ def read(
         # The category stands inside the file, so it is parsed here and again for its examples: reading twice
         # keeps memory at one file, however many tasks there are.
         content = json_object(path)
+        # A stray package.json is an error and no silence: the folder may be the wrong one altogether.
         if not isinstance(content.get("Instances"), list):
             raise ValueError(
                 f"{path}: no list `Instances`, so not a Super-NaturalInstructions task; remove the file"
@@ -57,6 +58,7 @@ def read(
             name=path.stem,
             benchmark=BENCHMARK,
             category=category,
+            # Of every task, classification included: Super-NaturalInstructions' own evaluation does the same.
             metric="rouge_l",
             examples=partial(_examples, path, category, drops.task(BENCHMARK, path.stem), positive_examples),
             data_sources=_data_sources(content),
@@ -69,6 +71,7 @@ def _examples(path: Path, category: str, counts: TaskCounts, positive_examples: 
     demonstrations = _demonstrations(path, content, positive_examples)
     for index, instance in enumerate(content["Instances"]):
         counts.read += 1
+        # An absent input is an empty one (derived data sets leave it out); an absent output is no example.
         if not isinstance(instance, dict) or "output" not in instance:
             counts.drop("no output")
             continue
@@ -100,6 +103,7 @@ def _listed(paths: Sequence[Path], lists: Sequence[Path], drops: Drops) -> list[
     if not lists:
         return list(paths)
     named: set[str] = set()
+    # Each list against the folder on its own, so that the ledger says which list is out of date.
     for path in lists:
         names = {line.strip() for _, line in text_lines(path) if line.strip()}
         # The official lists name tasks that a partial copy lacks; nobody should have to edit them.
@@ -122,6 +126,7 @@ def _data_sources(content: dict[str, Any]) -> tuple[str, ...]:
 
 def _category(content: dict[str, Any]) -> str:
     categories = content.get("Categories") or "Uncategorised"
+    # One category: a task in two would straddle held-out categories and those that are trained on.
     first = categories[0] if isinstance(categories, list) else categories
     # A parent such as "Question Answering" would lump categories that the splits tell apart.
     return str(first).split("->")[-1].strip()

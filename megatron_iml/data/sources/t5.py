@@ -49,14 +49,18 @@ def read(folder: Path, drops: Drops, *, instructions: str = "") -> Iterator[Task
     """
     sentences = load_instructions(BENCHMARK, folder, instructions)
     folders: dict[str, list[Path]] = {}
+    # One folder down and no further: a task's folder holds its files itself.
     for path in source_files(folder, "*/*.*", drops):
         folders.setdefault(path.parent.name, []).append(path)
     for full_name, paths in sorted(folders.items()):
+        # T5's registry numbers versions of a task; categories and data sources know the name without.
         name = re.sub(r"_v\d+$", "", full_name)
         sentence = instruction_of(sentences, name, BENCHMARK)
         if name.startswith("wmt"):
             source, target = _languages(folder / full_name, name)
-            sentence = sentence.format(source=LANGUAGES[source], target=LANGUAGES[target])
+            # Not str.format: the user's sentence may hold other braces.
+            for slot, language in (("{source}", source), ("{target}", target)):
+                sentence = sentence.replace(slot, LANGUAGES[language])
             pick = partial(_translations, paths, source, target, sentence)
         else:
             pick = partial(_summaries, paths, sentence)
@@ -64,6 +68,7 @@ def read(folder: Path, drops: Drops, *, instructions: str = "") -> Iterator[Task
 
 
 def _languages(folder: Path, name: str) -> tuple[str, str]:
+    # wmt16_enro: the last four letters, whatever stands before.
     source, target = name[-4:-2], name[-2:]
     if source not in LANGUAGES or target not in LANGUAGES:
         raise ValueError(
@@ -94,6 +99,7 @@ def _translations(
 
 
 def _pair(row: dict[str, object], source: str, target: str) -> tuple[object, object]:
+    # Hugging Face nests the pair; people who flatten it keep the two columns.
     pair = row.get("translation", row)
     return (pair.get(source), pair.get(target)) if isinstance(pair, dict) else (None, None)
 

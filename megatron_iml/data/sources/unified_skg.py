@@ -44,6 +44,7 @@ def read(folder: Path, drops: Drops, *, instructions: str = "") -> Iterator[Task
     sentences = load_instructions(BENCHMARK, folder, instructions)
     tasks: dict[str, list[Path]] = {}
     for path in source_files(folder, "**/*_*.json*", drops):
+        # From the right: spider_dev, but also multi_woz_train.
         tasks.setdefault(path.stem.rpartition("_")[0], []).append(path)
     for name, paths in sorted(tasks.items()):
         pick = partial(_instances, paths, instruction_of(sentences, name, BENCHMARK))
@@ -65,14 +66,17 @@ def _instances(paths: Sequence[Path], sentence: str, counts: TaskCounts) -> Inst
 
 def _form(row: dict[str, Any], sentence: str, counts: TaskCounts) -> Form | str:
     table = row.get("table")
+    # struct_in wins: its order and its cuts are UnifiedSKG's own.
     if "struct_in" not in row and isinstance(table, dict) and {"header", "rows"} <= set(table):
         row = {**row, "struct_in": linearised(table["header"], table["rows"])}
     text, knowledge = as_text(row.get("text_in", ""), counts), as_text(row.get("struct_in", ""), counts)
+    # A list where several answers are right; absent is an error of the row, unlike the two inputs.
     targets = as_texts(row.get("seq_out"), counts)
     if text is None or knowledge is None or targets is None:
         return "a field is missing or not text"
     if not text.strip() and not knowledge.strip():
         return "neither text nor structured knowledge"
+    # Newest first in the files, and so it stays: the question that is asked comes before its context.
     newest, *history = text.split(TURNS)
     parts = [newest.strip()] if newest.strip() else []
     if knowledge.strip():

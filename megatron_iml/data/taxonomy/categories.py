@@ -31,6 +31,7 @@ class Categories:
     def find(self, task: Task) -> str | None:
         """Category of a task: by its name, its data set, its label; None where its benchmark has no such."""
         data_set = task.name.split("__")[0]
+        # The finest first: one odd task of a data set, or one data set of a label, can be put elsewhere.
         for key in (task.name, data_set, task.category):
             if (task.benchmark, key) in self.labels:
                 return self.labels[task.benchmark, key]
@@ -39,6 +40,7 @@ class Categories:
         if label in self.names:
             return label
         known = {benchmark for benchmark, _ in self.labels}
+        # None is for `categorise` to refuse: a new label in a known benchmark is mostly a misspelt old one.
         return task.category if task.benchmark not in known else None
 
 
@@ -50,6 +52,7 @@ def load_categories(*own: Path) -> Categories:
     """
     names: set[str] = set()
     labels: dict[tuple[str, str], str] = {}
+    # Later over earlier: a user moves a label by naming it again, which within one table is an error.
     for path in (TABLE, *own):
         table = _table(path)
         names |= set(table.values())
@@ -67,6 +70,7 @@ def categorise(tasks: Sequence[Task], categories: Categories) -> list[Task]:
     orphans = [
         f"{task.benchmark}: {task.name}" for task, name in zip(tasks, found, strict=True) if name is None
     ]
+    # All at once, the first five by name: a new benchmark has dozens.
     if orphans:
         raise ValueError(
             f"no category for {len(orphans)} tasks, {'; '.join(orphans[:5])}; write a file such as "
@@ -80,6 +84,7 @@ def categorise(tasks: Sequence[Task], categories: Categories) -> list[Task]:
 
 
 def _moved(task: Task, category: str) -> Task:
+    # Its examples too bear the category, and they are not read yet.
     return replace(task, category=category, examples=partial(_examples, task, category))
 
 

@@ -11,6 +11,7 @@ contents: what shares text under unrelated names is for the contamination check 
 import re
 
 # Data sets that are collections: the part after the name is what the questions come from.
+# "glue__rte" is RTE, but "race__high" is RACE: only a list can tell the two apart.
 COLLECTIONS = (
     "dialoglue",
     "flan",
@@ -38,6 +39,7 @@ ALIASES = {
     "ecqa": "commonsenseqa",
     "enhancedwsc": "wsc",
     "eqasc": "qasc",
+    # Its sentences are SNLI's, with explanations: to train on one is to train on the other.
     "esnli": "snli",
     "geofunql": "geoquery",
     "gluemrpc": "mrpc",
@@ -66,6 +68,7 @@ ALIASES = {
     "sst": "sst2",
     "triviaqawikimissing": "triviaqa",
     "winogradwsc": "wsc",
+    # Reasons for the sentences of WSC273.
     "winowhy": "wsc",
     "wsc273": "wsc",
     "wscfixed": "wsc",
@@ -81,9 +84,11 @@ def data_source(name: str) -> str:
     data_set, separator, subset = name.strip().removeprefix("cot_").partition("__")
     if separator and data_set in COLLECTIONS:
         data_set = subset
+    # Looked up once and not again: the table's values are final names.
     squeezed = _squeezed(data_set)
     return ALIASES.get(squeezed, squeezed)
 
 
 def _squeezed(name: str) -> str:
+    # Without any separator: bool_q, BoolQ and bool-q are one name.
     return re.sub(r"[\W_]+", "", name.lower())

@@ -26,6 +26,17 @@ def test_bbh_shows_the_description_and_scores_the_answer(tmp_path):
     assert found.examples("navigate")[0].source == "Q: Sort: b a\nA:"
 
 
+def test_bbh_says_what_a_file_lacks(tmp_path):
+    rows = {"examples": [{"input": "not True is", "target": "False"}, "not True is"]}
+    files = {"bbh/boolean.json": rows, "cot-prompts/boolean.txt": "canary\n-----"}
+    found = Reading(big_bench_hard.read, write_files(tmp_path, files))
+    assert found.examples("boolean")[0].source == "Q: not True is\nA:"
+    assert found.counts("boolean").dropped == {"not an object": 1}
+    write_files(tmp_path, {"bbh/index.json": {"tasks": ["boolean"]}})
+    with pytest.raises(ValueError, match=r"index.json: no list `examples`, .*; remove the file"):
+        Reading(big_bench_hard.read, tmp_path)
+
+
 def test_mmlu_subjects_are_parts_of_one_task(tmp_path):
     write_files(
         tmp_path,

@@ -41,6 +41,19 @@ def test_summaries(tmp_path):
     assert found.tasks["cnn_dailymail"].data_sources == ("cnndailymail",)
 
 
+def test_an_instruction_of_ones_own_may_hold_braces(tmp_path):
+    write_files(
+        tmp_path,
+        {
+            "own.yaml": "wmt14: 'Put {it} into {target}:'\n",
+            "wmt14_ende/a.en": "1\n",
+            "wmt14_ende/a.de": "1\n",
+        },
+    )
+    (example,) = Reading(t5.read, tmp_path, instructions="own.yaml").examples("wmt14_ende")
+    assert example.source == "Put {it} into German:\n1"
+
+
 def test_translations_that_do_not_go_together(tmp_path):
     found = Reading(t5.read, write_files(tmp_path, {"wmt14_ende/a.en": "1\n2\n", "wmt14_ende/a.de": "1\n"}))
     with pytest.raises(ValueError, match="a.en: does not go with a.de line by line"):

@@ -148,6 +148,31 @@ def test_coqa_questions_follow_the_conversation(tmp_path):
     ]
 
 
+def test_coqa_story_that_lacks_an_answer_is_counted(tmp_path):
+    whole = {
+        "story": "Ann ran.",
+        "questions": [{"input_text": "Who?", "turn_id": 1}],
+        "answers": [{"input_text": "Ann", "span_text": "Ann"}],
+    }
+    file = {"data": [{**whole, "answers": []}, whole]}
+    counts, examples = solved(tmp_path, "coqa", {"coqa-train-v1.0.json": file})
+    assert examples == [(f"{STEP}Ann ran.\nQ: Who?", ("Ann The answer is Ann",))]
+    assert counts.dropped == {"not as many answers as questions in the story": 1}
+
+
+@pytest.mark.parametrize(
+    ("data_set", "file", "content"),
+    [
+        ("coqa", "coqa-dev-v1.0.json", {"version": 1}),
+        ("winowhy", "winowhy.json", [{"text": "x"}]),
+        ("winowhy", "winowhy.json", {"rows": []}),
+    ],
+)
+def test_a_file_of_another_format_is_named(tmp_path, data_set, file, content):
+    with pytest.raises(ValueError, match=rf"{file}: not in the format of its data set .*; fix or remove"):
+        solved(tmp_path, data_set, {file: content})
+
+
 def test_a_data_set_has_to_be_named(tmp_path):
     with pytest.raises(
         ValueError, match="reasoning: no data set 'gsm8k'; give the option data_set: aqua, coqa"
