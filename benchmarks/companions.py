@@ -44,14 +44,17 @@ from megatron_iml.kernels.testing import Op, assert_op_within_budget
 from megatron_iml.kernels.weight_gradient import accumulate_weight_gradient
 
 SLOTS = 16384
+# Of OPT-1.3B, 6.7B and 175B, and between them 8,192, which no OPT has.
 WIDTHS = (2048, 4096, 8192, 12288)
 LOSS_WIDTHS = (2048, 4096)
+# OPT's 50,265 entries, padded to a multiple of 8.
 VOCABULARY = 50272
 TARGET_SHARE = 0.086
 """Targets per slot in the real mix."""
 EPS = 1e-5
 DROPOUT = 0.1
 DTYPE = torch.bfloat16
+# Any 64 bits: a mask costs the same whatever its key.
 KEY = 0x0123456789ABCDEF
 
 
@@ -65,6 +68,7 @@ class Case:
     torch_op: Op
     reference: Op
     inputs: dict[str, Tensor]
+    # Gradients of the outputs, in their order.
     upstream: list[Tensor]
     forward_passes: int
     """Tensors of [slots, features] that the forward must read or write."""
@@ -109,6 +113,7 @@ def measure(prepare: Callable[[], Callable[[], Any]]) -> Timing:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function = prepare()
+        # Triton compiles and tunes in the first calls, which a graph may not capture.
         for _ in range(3):
             function()
     torch.cuda.synchronize()
@@ -131,6 +136,7 @@ def backward_only(
 
     def prepare() -> Callable[[], Any]:
         outputs = op(**inputs)
+        # retain_graph: one forward serves all repeats.
         return lambda: torch.autograd.grad(outputs, list(inputs.values()), upstream, retain_graph=True)
 
     return prepare
@@ -161,6 +167,7 @@ def elementwise_cases(features: int) -> Iterator[Case]:
     """The elementwise ops at one model width; bias_relu works on four times the width."""
     matrix = functools.partial(normal, SLOTS, features)
     vector = functools.partial(normal, features)
+    # Weights near 1 and biases near 0, as trained ones are; all equal would hide a wrong index.
     affine = {"weight_F": vector(scale=0.2, shift=1.0), "bias_F": vector(scale=0.3)}
     yield Case(
         "layer_norm",
@@ -173,6 +180,7 @@ def elementwise_cases(features: int) -> Iterator[Case]:
         forward_passes=2,
         backward_passes=3,
     )
+    # The residual is the largest of the sums, as deep in a trained model.
     inputs = {"x_TF": matrix(), "x_bias_F": vector(), "residual_TF": matrix(scale=3.0)} | affine
     upstream = [matrix().detach(), matrix().detach()]
     yield Case(
@@ -188,6 +196,7 @@ def elementwise_cases(features: int) -> Iterator[Case]:
     )
     dropout = {"dropout_probability": DROPOUT, "dropout_key": key_tensor(KEY, torch.device("cuda"))}
     ones_TF = torch.ones_like(inputs["x_TF"], requires_grad=False)
+    # The op's own mask, so that torch's result is comparable: dropout of ones is 0 where it drops.
     keep_TF = (bias_dropout_add_reference(ones_TF, None, None, **dropout) != 0).to(DTYPE)
     yield Case(
         "add_layer_norm, dropout 0.1",
@@ -200,6 +209,7 @@ def elementwise_cases(features: int) -> Iterator[Case]:
         forward_passes=4,
         backward_passes=5,
     )
+    # A generator keeps its locals: at 12,288 features these are 2 GB.
     del inputs, upstream, keep_TF
     yield Case(
         "bias_relu",
@@ -219,6 +229,7 @@ def copy_bandwidth() -> float:
 
     Not as a graph: a copy is slower as a node of one, and the bars would be lower.
     """
+    # 1 GiB of fp32: far beyond the cache, so that memory is what is timed.
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
     milliseconds = do_bench(lambda: target.copy_(source), warmup=20, rep=100, return_mode="median")
@@ -230,6 +241,7 @@ def elementwise_rows(bandwidth: float) -> Iterator[Row]:
     for case in (case for width in WIDTHS for case in elementwise_cases(width)):
         assert_op_within_budget(case.op, case.torch_op, case.reference, case.inputs, case.upstream)
         torch.cuda.empty_cache()
+        # Vectors of [features] are left out: a 16,384th of a pass each.
         pass_bytes = SLOTS * case.features * torch.finfo(DTYPE).bits // 8
         for direction, passes in (("forward", case.forward_passes), ("backward", case.backward_passes)):
             if direction == "forward":
@@ -240,6 +252,7 @@ def elementwise_rows(bandwidth: float) -> Iterator[Row]:
                 )
             bound = passes * pass_bytes / bandwidth
             name = f"{case.name} {direction}"
+            # 1 would be as fast as a copy; torch's own kernels are timed beside it.
             share = bound / ours.median
             yield Row(
                 name, case.features, ours.median, ours.p20, ours.p80, theirs.median, bound, share, ">= 0.75"
@@ -279,8 +292,10 @@ def torch_target_loss(hidden_TF: Tensor, weight_VF: Tensor, rows_M: Tensor, ids_
 def loss_rows(features: int) -> Iterator[Row]:
     """Check and time target_loss, forward and backward together, against both kinds of GEMMs."""
     hidden_TF = normal(SLOTS, features)
+    # Logits of a standard deviation of 1, so that the softmax is neither flat nor a single word.
     weight_VF = normal(VOCABULARY, features, scale=features**-0.5)
     num_targets = round(TARGET_SHARE * SLOTS)
+    # Sorted, as a row's targets are.
     rows_M = torch.randperm(SLOTS, device="cuda")[:num_targets].sort().values
     ids_M = torch.randint(VOCABULARY, (num_targets,), device="cuda")
     pairs = {"target_rows_M": rows_M, "target_ids_M": ids_M}
@@ -293,6 +308,7 @@ def loss_rows(features: int) -> Iterator[Row]:
         inputs,
         [torch.ones((), device="cuda")],
     )
+    # fp32: with it the weight's gradient is accumulated and not returned, as in training.
     main_grad_VF = torch.zeros(VOCABULARY, features, device="cuda")
     ours = measure(
         lambda: (
@@ -301,6 +317,7 @@ def loss_rows(features: int) -> Iterator[Row]:
             )
         )
     )
+    # A forward each time, as for ours: the two passes of target_loss share their work.
     theirs = measure(lambda: lambda: torch.autograd.grad(plain(**inputs)[0], [hidden_TF, weight_VF]))
     with torch.no_grad():
         hidden_MF = hidden_TF[rows_M]
@@ -310,6 +327,7 @@ def loss_rows(features: int) -> Iterator[Row]:
             "plain GEMMs": measure(lambda: gemms(*operands)),
             "GEMMs into fp32": measure(lambda: accumulating_gemms(*operands, main_grad_VF)),
         }
+    # Two bounds: GEMMs as torch has them, and with the fp32 accumulation that training cannot do without.
     for name, bound in bounds.items():
         yield Row(
             f"target_loss / {name}", features, ours.median, ours.p20, ours.p80, theirs.median, bound.median,
@@ -368,6 +386,7 @@ def main() -> None:
         arguments.commit or subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     )
     torch.manual_seed(1)
+    # Of this very chip: cards of one name differ.
     bandwidth = copy_bandwidth()
     facts = describe(commit) | {"copy bandwidth": f"{bandwidth / 1e6:.0f} GB/s"}
     rows = list(elementwise_rows(bandwidth))

@@ -43,8 +43,10 @@ from megatron_iml.kernels.document_attention import (
 from megatron_iml.kernels.testing import assert_op_within_budget, documents_end, tree_end
 
 LONGEST = 2048
+# Plain torch builds slots x slots matrices of every head; at 32,768 slots they would not fit a GPU.
 CHECKED_SLOTS = 4096
 DTYPE = torch.bfloat16
+# A tensor-parallel eighth of OPT-175B; OPT-1.3B whole; half of OPT-30B.
 SHAPES = ((12, 128, 32768), (32, 64, 16384), (28, 128, 16384))
 """Heads, head size, slots."""
 TRUNK, BRANCHES = 700, (120,) * 8
@@ -78,6 +80,7 @@ def real_pool(path: Path | None) -> np.ndarray:
 
 def draw(pool: Sequence[int] | np.ndarray, slots: int) -> list[int]:
     """Document lengths that add up to `slots`; the last is cut."""
+    # The same documents for ours and for every peer.
     rng, lengths = np.random.default_rng(1), []
     while (left := slots - sum(lengths)) > 0:
         lengths.append(int(min(rng.choice(pool), left)))
@@ -91,6 +94,7 @@ def random(*shape: int) -> Tensor:
 
 def dense(end_T: Tensor, qkv: Tensor) -> tuple[Tensor]:
     """Plain torch with a mask over the row, in the type of qkv: what the budget is measured in."""
+    # [N, T, D] each; scores are [N, T, T].
     q, k, v = qkv.permute(2, 1, 0, 3)
     index_T = torch.arange(end_T.numel(), device=end_T.device)
     sees_TT = (index_T <= index_T[:, None]) & (index_T[:, None] < end_T)
@@ -113,6 +117,7 @@ def bounds_of(end_T: Tensor) -> DocumentBounds:
 
 def check(end_T: Tensor, heads: int, head_dim: int) -> None:
     """Raise AssertionError where the kernel leaves its error budget."""
+    # Documents that reach beyond are cut at the end, which leaves a valid mask.
     end_T = end_T[:CHECKED_SLOTS].clamp(max=CHECKED_SLOTS)
     bounds = bounds_of(end_T)
     assert_op_within_budget(
@@ -122,11 +127,13 @@ def check(end_T: Tensor, heads: int, head_dim: int) -> None:
         {"qkv": random(end_T.numel(), heads, 3, head_dim)},
         [random(end_T.numel(), heads, head_dim).detach()],
     )
+    # The matrices above would else stay beside what is timed.
     torch.cuda.empty_cache()
 
 
 def measure_launches(prepare: Callable[[], Callable[[], Any]]) -> Timing:
     """`measure` without a graph, for what a graph may not capture."""
+    # warmup and rep are milliseconds; the second-level cache is flushed before each repeat.
     p20, median, p80 = do_bench(prepare(), warmup=20, rep=100, quantiles=[0.2, 0.5, 0.8])
     return Timing(median, p20, p80)
 
@@ -156,8 +163,10 @@ def time_ours(end_T: Tensor, heads: int, head_dim: int) -> dict[str, Timing]:
 def time_flash(lengths: list[int], heads: int, head_dim: int) -> dict[str, Timing]:
     """FlashAttention-2 varlen on packed q, k, v."""
     q, k, v, grad = (random(sum(lengths), heads, head_dim).detach() for _ in range(4))
+    # int32, as its varlen interface wants cumulative lengths.
     starts = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
     rows, aten = (starts, starts, max(lengths), max(lengths)), torch.ops.aten
+    # The op itself, below autograd: its backward can then be timed alone and in a graph.
     forward = functools.partial(aten._flash_attention_forward, q, k, v, *rows, 0.0, True, False)
     out, lse, seed, unused = forward()[:4]
     backward = functools.partial(
@@ -177,6 +186,7 @@ def time_flex(lengths: list[int], heads: int, head_dim: int) -> dict[str, Timing
         return (document_T[row] == document_T[column]) & (row >= column)
 
     build = functools.partial(torch.compile(create_block_mask), sees, None, None, slots, slots, device="cuda")
+    # dynamic=False: a training row has one length.
     mask, attention = build(), torch.compile(flex_attention, dynamic=False)
     inputs = [random(1, heads, slots, head_dim) for _ in range(3)]
     forward, grad = functools.partial(attention, *inputs, block_mask=mask), torch.randn_like(inputs[0])
@@ -188,6 +198,7 @@ def time_flex(lengths: list[int], heads: int, head_dim: int) -> dict[str, Timing
 def time_dense(lengths: list[int], heads: int, head_dim: int) -> Iterator[tuple[str, dict[str, Timing]]]:
     """SDPA with a mask per 2,048 slots, and cuDNN without documents."""
     document_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()
+    # [B, 2048]: a mask over the whole row would take slots^2 bytes. Documents are cut where these rows end.
     rows_BL = document_T.view(-1, LONGEST)
     causal = torch.ones(LONGEST, LONGEST, dtype=torch.bool, device="cuda").tril()
     mask = ((rows_BL[:, :, None] == rows_BL[:, None, :]) & causal)[:, None]
@@ -195,6 +206,7 @@ def time_dense(lengths: list[int], heads: int, head_dim: int) -> Iterator[tuple[
     grad = torch.randn_like(inputs[0])
     masked = functools.partial(scaled_dot_product_attention, *inputs, attn_mask=mask)
     yield "SDPA, dense mask", time_both(masked, inputs, grad, measure_launches)
+    # Causal over each 2,048 slots and blind to documents: it computes pairs that nobody needs.
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         plain = functools.partial(scaled_dot_product_attention, *inputs, is_causal=True)
         yield "cuDNN, no documents", time_both(plain, inputs, grad, measure_launches)
@@ -227,6 +239,7 @@ def slow_rows(mix: str, pool: Sequence[int] | np.ndarray, shape: tuple[int, int,
     ours = time_ours(end_T, heads, head_dim)
     for peer, theirs in time_dense(lengths, heads, head_dim):
         yield from compare(mix, shape, peer, ours, theirs)
+    # Last: it compiles for long, and a run cut short has the others.
     flex = time_flex(lengths, heads, head_dim)
     yield from compare(mix, shape, f"FlexAttention (+ {flex['mask'].median:.3f} for its mask)", ours, flex)
 
@@ -234,6 +247,7 @@ def slow_rows(mix: str, pool: Sequence[int] | np.ndarray, shape: tuple[int, int,
 def tree_rows(shape: tuple[int, int, int]) -> Iterator[Row]:
     """Trees against plain documents of one length with as many visible pairs a slot."""
     heads, head_dim, slots = shape
+    # 1,660 slots a tree.
     tree_T = tree_end(TRUNK, BRANCHES)
     tree_slots = tree_T.numel()
     pairs = int((tree_T - torch.arange(tree_slots)).sum())
@@ -283,6 +297,7 @@ def write(rows: list[Row], folder: Path, command: str, is_whole: bool) -> None:
         for row in rows
     ]
     (folder / "document_attention.md").write_text("\n".join(lines) + "\n")
+    # Trees have no peer but ourselves.
     plot([row for row in rows if row.mix != "tree"], folder / "document_attention.png")
 
 

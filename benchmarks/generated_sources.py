@@ -21,10 +21,13 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+# Eight, as the paper has; GEN and a letter, so that nobody takes them for real ones.
 BENCHMARKS = ("GENA", "GENB", "GENC", "GEND", "GENE", "GENF", "GENG", "GENH")
+# As the paper's training split: 1,545 tasks in 93 categories.
 CATEGORIES = 93
 LARGEST_TASK = 100_000
 CHUNK = 4096
+# Words that no cache has met: without them gigatoken would only look words up.
 RARE_SHARE = 0.01
 # Tokens a word of the mix has on average, and tokens that the bench's delimiter and `</s>` add.
 TOKENS_PER_WORD = 1.2
@@ -47,6 +50,7 @@ class Settings:
 
 def task_sizes(settings: Settings) -> list[int]:
     """Examples of every task: log-normal, at most LARGEST_TASK, `examples` in all."""
+    # One example a task at least, and none above the cap: else no scale satisfies both.
     if not settings.tasks <= settings.examples <= settings.tasks * LARGEST_TASK:
         raise ValueError(
             f"{settings.tasks} tasks cannot hold {settings.examples} examples of 1 to {LARGEST_TASK} each"
@@ -54,6 +58,7 @@ def task_sizes(settings: Settings) -> list[int]:
     weights = np.random.default_rng(settings.seed).lognormal(0.0, 1.2, settings.tasks)
     low, high = 0.0, float(LARGEST_TASK / weights.min())
     # The scale at which the capped sizes sum to what is asked for, to within one example a task.
+    # Bisection: 100 halvings are more than a double has bits.
     for _ in range(100):
         scale = (low + high) / 2
         sizes = np.clip(weights * scale, 1, LARGEST_TASK).astype(np.int64)
@@ -76,8 +81,10 @@ def word_table(tokenizer: Path) -> tuple[list[str], np.ndarray]:
     ]
     words = plain + [f"{word}," for word in plain[:3000]] + [f"{word}." for word in plain[:3000]]
     rank = np.concatenate([np.arange(len(plain)), np.arange(3000) * 10, np.arange(3000) * 10])
+    # Zipf's law with an offset, which flattens the most frequent words as in text.
     weights = 1.0 / (rank + 20.0)
     counts = np.maximum(1, weights / weights.sum() * (1 << TABLE_BITS)).astype(np.int64)
+    # A table of 2^20 draws: a word is one gather, where a draw by weights is a search.
     table = np.repeat(np.arange(len(words), dtype=np.int32), counts)
     return words, table
 
@@ -99,10 +106,12 @@ def write_task(settings: Settings, number: int, size: int) -> int:
     path = settings.output / f"{name}.jsonl"
     if path.is_file():
         return size
+    # By the task's number: any process may write it, before or after any other.
     rng = np.random.default_rng((settings.seed, number))
     lengths = np.load(settings.lengths)
     prompts, targets = lengths["prompt_len"], lengths["target_len"]
     instruction = sentences(rng, settings, np.array([INSTRUCTION_WORDS]))[0] if number % 2 else ""
+    # The reader's glob is *.jsonl: half a file of a killed run is not seen.
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         for first in range(0, size, CHUNK):

@@ -43,12 +43,14 @@ def layout(tensor: int = 1, pipeline: int = 1, *others: str) -> tuple[str, ...]:
         f"parallel.pipeline_model_parallel_size={pipeline}",
         f"parallel.sequence_parallel={str(tensor > 1).lower()}",
     )
+    # One way to write every layout, defaults too: the rows of layouts.jsonl can be compared key by key.
     return (*sizes, *others)
 
 
 OVERLAP = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
 INTERLEAVED = ("parallel.virtual_pipeline_model_parallel_size=2",)
 CASES = (
+    # One step is 131,072 positions for this size and 65,536 for the others, whatever the layout.
     Case("OPT-1.3B, one GPU", 1, "opt-1.3b", 16384, 8, layout()),
     Case("OPT-1.3B, DP2", 2, "opt-1.3b", 16384, 8, layout(1, 1, *OVERLAP)),
     Case("OPT-1.3B, DP4", 4, "opt-1.3b", 16384, 8, layout(1, 1, *OVERLAP)),
@@ -85,6 +87,7 @@ def run(case: Case, arguments: argparse.Namespace, limit_seconds: float) -> dict
     Raises:
         RuntimeError: saying why there is none.
     """
+    # A process each: what one case leaves in memory, or takes down, is no matter for the next.
     words = command(case, arguments)
     print("$", " ".join(words), flush=True)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -110,6 +113,7 @@ def disagreements(rows: list[dict]) -> list[str]:
     for row in rows:
         # The width of OPT-175B with a few layers is a model of its own.
         reference = first.setdefault((row["size"], row["layers"]), row)
+        # Step by step: a fault that shows once and heals is a fault.
         pairs = zip(row["losses"], reference["losses"], strict=True)
         row["loss_distance"] = max(abs(ours - theirs) for ours, theirs in pairs)
         if row["loss_distance"] > LOSS_TOLERANCE:
@@ -176,18 +180,23 @@ def reason_against(case: Case, gpus: int, gib: float) -> str | None:
 
 
 def main() -> int:
-    """Run the cases; 1 if any failed or disagrees."""
+    """Run the cases; 1 if any failed or disagrees, 2 if none has the name asked for."""
     arguments = parse_arguments()
     memory = memory_of_gpus()
     gpus = arguments.gpus or len(memory)
+    # Checked between cases only: --case-seconds bounds each of them.
     deadline = time.monotonic() + arguments.seconds
     rows: list[dict] = []
     left_out: list[tuple[str, str]] = []
+    problems: list[str] = []
     failed = False
+    cases = [case for case in CASES if arguments.only in case.name]
+    if not cases:
+        names = ", ".join(repr(case.name) for case in CASES)
+        print(f"error: --only: got {arguments.only!r}; allowed: a part of one of {names}", file=sys.stderr)
+        return 2
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for case in CASES:
-        if arguments.only not in case.name:
-            continue
+    for case in cases:
         reason = reason_against(case, gpus, min(memory))
         if reason is None and time.monotonic() > deadline:
             reason = f"{arguments.seconds:.0f} s were over"
@@ -200,6 +209,7 @@ def main() -> int:
         if reason is not None:
             print(f"{case.name}: {reason}", file=sys.stderr)
             left_out.append((case.name, reason))
+        # Anew for all rows: it also writes their distances, which the table shows.
         problems = disagreements(rows)
         if rows:
             # Now, since the next case may be the last.
@@ -208,7 +218,8 @@ def main() -> int:
             (arguments.output / "layouts.md").write_text(table(rows, left_out, arguments.steps))
     if rows:
         print(table(rows, left_out, arguments.steps))
-    print("\n".join(problems), file=sys.stderr)
+    for problem in problems:
+        print(problem, file=sys.stderr)
     return 1 if problems or failed else 0
 
 

@@ -28,6 +28,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "tools" / "preprocess"
+# Of memory, and of the end of a stage: its seconds are this much too many at most.
 SAMPLING_SECONDS = 0.25
 SPLITS = "validation_examples_per_task: 100\ntest_examples_per_task: 100\n"
 # The paper's proportions of seven benchmarks, and 1 % for the eighth.
@@ -66,6 +67,7 @@ def run(command: Sequence[str | Path], moments: Sequence[float]) -> Measured:
     for moment in (*moments, float("inf")):
         started = time.perf_counter()
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        # A session of its own, since its workers must be killed with it.
         with subprocess.Popen(command, start_new_session=True, env=environment) as process:
             while process.poll() is None:
                 peak = max(peak, private_bytes(process.pid))
@@ -73,12 +75,15 @@ def run(command: Sequence[str | Path], moments: Sequence[float]) -> Measured:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
                 time.sleep(SAMPLING_SECONDS)
+        # A stage that fails by itself is no measurement, killed or not.
         if process.returncode not in (0, -signal.SIGKILL):
             raise SystemExit(f"{command} ended with status {process.returncode}")
+        # Fewer kills than the row would say.
         if process.returncode == 0 and moment != float("inf"):
             raise SystemExit(
                 f"{command} was done before it could be killed; give a smaller --expected-seconds"
             )
+    # Of children that have ended, workers included: their parents wait for them.
     cpu = os.times()
     cpu_seconds = (
         cpu.children_user + cpu.children_system - cpu_before.children_user - cpu_before.children_system
@@ -92,6 +97,7 @@ def digest(folder: Path) -> str:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:
+                # Names too: the same bytes under other names are another output.
                 total.update(path.relative_to(folder).as_posix().encode())
                 total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
@@ -107,6 +113,7 @@ def commands(arguments: argparse.Namespace) -> dict[str, tuple[list[str | Path],
     """The command and the output of every stage."""
     work: Path = arguments.work
     config = work / "bench.yaml"
+    # Written here, so that a folder of sources is all that a run needs.
     config.write_text("sources: [{reader: source_target, folder: sources}]\nsplits: splits.yaml\n")
     (work / "splits.yaml").write_text(SPLITS)
     (work / "mixture.yaml").write_text(
@@ -164,6 +171,7 @@ def main() -> None:
         moments = [rng.uniform(1.0, arguments.expected_seconds) for _ in range(arguments.kills)]
         measured = run([sys.executable, *command], moments)
         bench = orjson.loads((arguments.work / "bench" / "manifest.json").read_bytes())
+        # The bench stage counts all files, the others what they read: the training split.
         counted = [
             file["examples"] for file in bench["files"] if stage == "bench" or file["split"] == "train"
         ]

@@ -1,6 +1,6 @@
 """The loop of Megatron's preprocess_data.py, one worker of it, on bench files: what ours is compared with.
 
-    python benchmarks/preprocessing_baseline.py --bench work/bench --tokenizer-model opt-tokenizer
+    python benchmarks/preprocessing_baseline.py --input work/bench --tokenizer-model opt-tokenizer
 
 Per line: `json.loads`, `tokenizers` on one text at a time, ids to a file through numpy, lengths to a list, as
 Megatron's `IndexedDatasetBuilder` does. Printed: documents a second of wall and of CPU time, and of our
@@ -37,6 +37,7 @@ def baseline(lines: list[bytes], folder: Path, output: Path) -> list[int]:
     lengths = []
     with output.open("wb") as file:
         for line in lines:
+            # json and not orjson, text by text and not in batches: that is Megatron's loop.
             row = json.loads(line)
             # One sequence per document, as preprocess_data.py writes without --split-sentences.
             ids = [*tokenizer.encode(f"{row['src'].rstrip(' ')} {row['tgt'].rstrip()}").ids, 2]
@@ -61,6 +62,7 @@ def first_references(encoded: list[EncodedChunk]) -> Iterator[np.ndarray]:
     for chunk in encoded:
         flat = chunk.documents
         ends = np.cumsum(flat.sizes_S)
+        # Sequence numbers of each document's source; its first reference is the next one.
         for start in (np.cumsum(flat.counts_D) - flat.counts_D).tolist():
             yield flat.ids_T[ends[start] - flat.sizes_S[start] : ends[start + 1]]
 
@@ -70,11 +72,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bench", type=Path, required=True)
+    parser.add_argument("--input", type=Path, required=True, help="bench folder")
     parser.add_argument("--tokenizer-model", type=Path, required=True)
     parser.add_argument("--documents", type=int, default=50_000)
     arguments = parser.parse_args()
-    bench = Bench.open(arguments.bench)
+    bench = Bench.open(arguments.input)
+    # In memory before the clock starts: reading is in neither of the loop's numbers.
     lines = list(islice(lines_of(bench), arguments.documents))
     with tempfile.TemporaryDirectory() as folder:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -88,6 +91,7 @@ def main() -> None:
     documents = sum(piece.examples for piece in encoded)
     print(f"ours, reading and encoding in one process: {documents / cpu:,.0f}/s of CPU time")
     expected = np.split(theirs, np.cumsum(lengths)[:-1])
+    # A speed is worth something only if the ids are the same.
     equal = sum(map(np.array_equal, first_references(encoded), expected))
     print(f"{equal:,} of {len(lines):,} documents have the ids of `tokenizers`")
 

@@ -4,12 +4,12 @@
     torchrun --nproc-per-node 4 benchmarks/train_step.py --size opt-6.7b --row-length 4096 --rows 16 \
         parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=2
 
-Random weights and tokens; documents drawn from --lengths (an .npz with prompt_len and target_len) or from a
-lognormal of the same mean (180 tokens, 8.6 % of them targets). Before a number is printed the start-up
-self-test must pass on the very layout and shapes that are timed, and the loss of the first step must be that
-of an untrained model. Reported: the median of the timed steps with the fastest and the slowest, real tokens
-(never padding) per second, useful FLOPs per GPU (docs/decisions.md), peak memory, and with --profile where
-the time of one step goes.
+Random weights and tokens; documents drawn from --lengths (an .npz with prompt_len and target_len) or from
+lognormals near the real mix (186 tokens, 7.3 % of them targets; the mix has 180 and 8.6 %). Before a number
+is printed the start-up self-test must pass on the very layout and shapes that are timed, and the loss of the
+first step must be that of an untrained model. Reported: the median of the timed steps with the fastest and
+the slowest, real tokens (never padding) per second, useful FLOPs per GPU (docs/decisions.md), peak memory,
+and with --profile where the time of one step goes.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from megatron_iml.training.rows import StepRows
 from megatron_iml.training.self_test import run_self_test
 from megatron_iml.training.step import train_step
 
+# Tokens of a document of 2,048 positions: the last one is predicted, never read.
 LONGEST = 2049
 
 
@@ -58,6 +59,7 @@ def document_lengths(path: Path | None, seed: int, longest: int) -> tuple[np.nda
         order = rng.permutation(len(stored["prompt_len"]))
         prompts, targets = stored["prompt_len"][order], stored["target_len"][order]
     else:
+        # Means of 172 and 14 tokens; the real mix has 165 and 15.
         prompts = rng.lognormal(4.7, 0.95, 200_000).astype(np.int64) + 1
         targets = rng.lognormal(1.6, 1.4, 200_000).astype(np.int64) + 1
     # At least one source token stays, as in training.
@@ -69,12 +71,14 @@ def packed_rows(config: Config, lengths: Path | None, count: int) -> list[Row]:
     """Rows filled in order: what does not fit starts the next row, cut to the room that is left in this
     one."""
     # A row of n slots holds a document of n + 1 tokens.
+    # Fixed seeds: every layout and every commit is timed on the same rows.
     prompts, targets = document_lengths(lengths, 7, min(LONGEST, config.data.row_length + 1))
     rng = np.random.default_rng(1)
     rows: list[Row] = []
     pieces: list[Piece] = []
     room, row_length = config.data.row_length, config.data.row_length
     for prompt, target in zip(prompts.tolist(), targets.tolist(), strict=True):
+        # From the left of the prompt, as a plan cuts; rows are full, for packing is not what is timed.
         cut = max(prompt + target - 1 - room, 0)
         if prompt - cut < 1:
             rows.append(assemble_row(pieces, row_length, len(rows)))
@@ -82,6 +86,7 @@ def packed_rows(config: Config, lengths: Path | None, count: int) -> list[Row]:
             if len(rows) == count:
                 return rows
         size = prompt - cut + target
+        # From 4: the first ids are special tokens. Random ids touch more of the embedding than text would.
         tokens = rng.integers(4, config.model.vocab_size, size).astype(np.int32)
         pieces.append(Piece(tokens, prompt - cut))
         room -= size - 1
@@ -93,6 +98,7 @@ def packed_rows(config: Config, lengths: Path | None, count: int) -> list[Row]:
 def step_rows(rows: list[Row], engine: Engine) -> StepRows:
     """This rank's rows of one step, dealt as in training."""
     config, layout = engine.config, engine.layout
+    # Visible pairs, the attention's useful work.
     pairs = [int((row.layout.end_T - np.arange(len(row.layout.end_T))).sum()) for row in rows]
     costs = [
         row_flops(config.model, row.layout.num_real, row.layout.num_targets, pair)
@@ -106,6 +112,7 @@ def step_rows(rows: list[Row], engine: Engine) -> StepRows:
         num_rows=len(rows),
         num_targets=sum(row.layout.num_targets for row in rows),
         num_real=sum(row.layout.num_real for row in rows),
+        # Of no plan: this is only told, and the CRC below only compared among ranks.
         num_documents=0,
         useful_flops=sum(costs),
         documents_crc=0,
@@ -162,14 +169,17 @@ def main() -> None:
     engine = build_engine(config, layout)
     draw_on = layout.device if arguments.draw_on_device else torch.device("cpu")
     initialise(engine.chunks, config.model, 1, layout, draw_on)
+    # The weights were filled after the optimizer had made its fp32 masters.
     engine.optimizer.reload_model_params()
     # Before the clock: a layout that mixes documents has no speed.
     run_self_test(engine)
+    # Every step has rows of its own: no cache of bounds or tokens can help.
     rows = packed_rows(config, arguments.lengths, arguments.steps * rows_per_step(config))
     per_step = rows_per_step(config)
     steps = [step_rows(rows[i : i + per_step], engine) for i in range(0, len(rows), per_step)]
     seconds, losses = time_steps(engine, steps, arguments.warm_up)
     table = profile_step(engine, steps[0]) if arguments.profile else ""
+    # One rank speaks; times of all are alike, since a step ends in a collective.
     if layout.reports:
         report(arguments, engine, steps[arguments.warm_up :], seconds, losses, table)
     stop_distributed()
@@ -199,9 +209,11 @@ def report(
         "ranks": world,
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
         "milliseconds": [round(1000 * f(seconds), 1) for f in (statistics.median, min, max)],
+        # The median of rates and not tokens over the median time: steps differ in their padding.
         "real_tokens_per_second": round(statistics.median(rates)),
         "useful_tflops_per_gpu": round(statistics.median(tflops) / world, 1),
         "losses": [round(loss, 5) for loss in losses],
+        # Of the reporting rank, self-test and warm-up included; not what torch reserves beyond it.
         "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if on_gpu else None,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "commit": git.stdout.strip(),

@@ -85,3 +85,14 @@ def test_a_case_that_cannot_run_says_why() -> None:
     assert BENCHMARK.reason_against(case, 2, 139.8) is None
     assert BENCHMARK.reason_against(case, 1, 139.8) == "needs 2 GPUs, 1 are used"
     assert BENCHMARK.reason_against(case, 4, 79.6) == "needs GPUs of 140 GiB, these have 80"
+
+
+def test_a_name_that_no_case_has_is_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(BENCHMARK, "memory_of_gpus", lambda: [80.0])
+    monkeypatch.setattr(sys, "argv", ["layouts.py", "--output", str(tmp_path / "out"), "--only", "OPT-7B"])
+    assert BENCHMARK.main() == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: --only: got 'OPT-7B'; allowed: a part of one of 'OPT-1.3B, one GPU', ")
+    assert not (tmp_path / "out").exists()
