@@ -70,6 +70,7 @@ def add_work_arguments(
 
 def quiet_engine() -> None:
     """Silence what megatron-core and torch say, on every rank, of packages and names nobody here misses."""
+    # Called before megatron-core is imported: it warns while it is.
     for message in (
         "Transformer Engine and Apex are not installed",
         "Apex is not installed",

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_iml.command import config_parser, quiet_engine, refuse
+from megatron_iml.command import at_least_one, config_parser, quiet_engine, refuse
 from megatron_iml.config import Config, check_config, load_config
 from megatron_iml.config.explain import explain
 
@@ -24,15 +24,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--explain", action="store_true", help="print the layout and train nothing")
     instead.add_argument("--dry-run", action="store_true", help="build it without memory and check it")
-    parser.add_argument("--world-size", type=int, help="for the two above; else WORLD_SIZE or 1")
+    parser.add_argument("--world-size", type=at_least_one, help="for the two above; else WORLD_SIZE or 1")
     parsed = parser.parse_args(arguments)
     if parsed.world_size is not None and not (parsed.explain or parsed.dry_run):
         parser.error("--world-size goes with --explain or --dry-run; a launcher says how many ranks train")
     world_size = parsed.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    # On every rank, before any of them can speak to another.
     try:
         config = load_config(parsed.config, parsed.overrides)
         check_config(config, world_size)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return refuse(error)
     if parsed.explain:
         print(explain(config, world_size))
@@ -54,7 +55,7 @@ def dry_run(config: Config, world_size: int) -> int:
 
     try:
         num_targets, origin = first_row_targets(config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return refuse(error)
     ranks = representative_ranks(config, world_size)
     accounts = [account_of(config, rank, world_size, num_targets) for rank in ranks]

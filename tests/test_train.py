@@ -41,3 +41,17 @@ def test_a_failure_of_one_rank_is_not_swallowed(arguments, monkeypatch) -> None:
             from megatron_iml.parallel.groups import stop_distributed
 
             stop_distributed()
+
+
+def test_what_cannot_be_read_is_a_mistake_too(arguments, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(train, "load_config", fail_with(PermissionError("run.yaml is not yours")))
+    assert train.main(arguments) == 2
+    assert capsys.readouterr().err == "error: run.yaml is not yours\n"
+
+
+@pytest.mark.parametrize("size", ["0", "-4", "many"])
+def test_a_world_has_one_rank_or_more(arguments, size: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*arguments, "--explain", "--world-size", size])
+    assert stopped.value.code == 2
+    assert f"--world-size: got {size}, expected a whole number of 1 or more" in capsys.readouterr().err

@@ -33,6 +33,7 @@ class KeyValueCache:
     def fill(self, layer: int, qkv_TN3D: Tensor) -> None:
         """Take over the keys and values of the prompts' row."""
         _, heads, _, head_dim = qkv_TN3D.shape
+        # [B, P, N, D]: room for every new token, so that decoding allocates nothing.
         shape = (len(self.starts), self.capacity, heads, head_dim)
         # Zeros, not empty: a masked NaN would still poison the weighted sum.
         self.keys[layer], self.values[layer] = qkv_TN3D.new_zeros(shape), qkv_TN3D.new_zeros(shape)
@@ -48,6 +49,7 @@ class KeyValueCache:
         self.values[layer][sequences_B, self.lengths_B] = v_BND
         # `<=`: the token appended above sees itself. Unfilled positions hold zeros and are masked.
         seen_BP = torch.arange(self.capacity, device=q_BND.device) <= self.lengths_B[:, None]
+        # [B, N, 1, D] against [B, N, P, D]; scaled as in the layer, by 1 over the root of the head size.
         return torch.nn.functional.scaled_dot_product_attention(
             q_BND[:, :, None],
             self.keys[layer].transpose(1, 2),
@@ -61,6 +63,7 @@ class KeyValueCache:
 
     def keep(self, indices: Sequence[int] | NDArray[np.int64]) -> None:
         """Drop the sequences that are finished; `indices` are those that stay, increasing."""
+        # `starts` stays as it was: only `fill` reads it, and that is over.
         sequences = torch.as_tensor(indices, device=self.lengths_B.device)
         self.lengths_B = self.lengths_B[sequences]
         self.keys = {layer: keys[sequences] for layer, keys in self.keys.items()}

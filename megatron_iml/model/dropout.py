@@ -50,4 +50,5 @@ class DropoutPlan:
 def key_of(keys_LP: Tensor, layer: int, place: Place) -> Tensor:
     """One key as an int64 tensor of no dimensions; `layer` counts from 0 in the range, -1 is the
     embedding."""
+    # A view, for kernels to read on the device; a number would make the host wait for it.
     return keys_LP[layer + 1, PLACES.index(place)]

@@ -66,6 +66,7 @@ def target_losses(
     else:
         hidden_T1F = copy_to_tensor_model_parallel_region(hidden_T1F, group=tp_group)
     total, losses_M = ops.target_loss(
+        # [T, F], all slots of the row under sequence parallelism too; no copy, the axis has one entry.
         hidden_T1F[:, 0],
         weight_VF,
         batch.target_rows_M,

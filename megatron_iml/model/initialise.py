@@ -13,15 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_iml.config import ModelConfig
+from megatron_iml.config import POSITION_OFFSET, ModelConfig
+from megatron_iml.data.rows.assemble import PAD_ID
 from megatron_iml.parallel.groups import Layout
 
-from .opt import POSITION_OFFSET, OPTModel
+from .opt import OPTModel
 from .parameters import copy_full_tensor, global_shape, named_global_parameters
-
-PAD_ID = 1
-"""OPT's padding token; its embedding starts at zero."""
-
 
 CPU = torch.device("cpu")
 
@@ -34,6 +31,7 @@ def initialise(
     `draw_on` is where random numbers come from: CUDA generators are quick and give other numbers on other
     devices, which only a benchmark may do.
     """
+    # Whole, and then cut: a rank that drew its slice alone would draw other numbers under another layout.
     for name, parameter in named_global_parameters(chunks):
         full = initial_tensor(name, global_shape(parameter, layout.tensor_size), model, seed, draw_on)
         copy_full_tensor(parameter, full, layout.tensor_rank, layout.tensor_size)
@@ -52,6 +50,7 @@ def initial_tensor(
     # Not `hash()`, which Python salts per process. 7 bytes fit the generator's signed 64-bit seed.
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
     generator = torch.Generator(draw_on).manual_seed(int.from_bytes(digest, "little"))
+    # In fp32, which the copy rounds: precisions start from one model.
     tensor = torch.empty(shape, device=draw_on).normal_(0.0, std, generator=generator)
     if name == "embedding.word_embeddings.weight":
         tensor[PAD_ID] = 0.0

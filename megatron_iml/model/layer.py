@@ -38,6 +38,7 @@ class LayerNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, ops: Ops) -> None:
         super().__init__()
         self.eps, self.ops = eps, ops
+        # "cuda" as megatron-core says it: where there is none, `parallel/` answers with the CPU or meta.
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device="cuda"))
         self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device="cuda"))
         for parameter in self.parameters():
@@ -93,15 +94,18 @@ class SelfAttention(MegatronModule):
     def forward(self, hidden_T1F: Tensor, context: RowContext | DecodeContext) -> tuple[Tensor, Tensor]:
         """Return the projected attention output [T, 1, F] and the bias that is still to be added."""
         qkv_T1C, _ = self.linear_qkv(hidden_T1F)
-        # Each head's query, key and value lie side by side, so a tensor-parallel slice is whole heads.
+        # Each head's query, key and value lie side by side, so a tensor-parallel slice is whole heads; the
+        # converters put the rows of other people's weights into this order.
         qkv_TN3D = qkv_T1C.view(-1, self.num_heads, 3, self.head_dim)
         if isinstance(context, DecodeContext):
             out_TND = context.cache.attend(self.chunk_index, qkv_TN3D)
         elif self.selective and self.training:
-            # Masks are functions of the row: recomputing needs no saved generator state.
+            # Masks are functions of the row: recomputing needs no saved generator state. False: the input is
+            # not cut over tensor ranks, as it holds this rank's heads only.
             out_TND = tensor_parallel.checkpoint(lambda qkv: self._attend(qkv, context), False, qkv_TN3D)
         else:
             out_TND = self._attend(qkv_TN3D, context)
+        # [T, N, D] -> [T, 1, N D], the features that the projection is cut by.
         return self.linear_proj(out_TND.reshape(out_TND.shape[0], 1, -1))
 
     def _attend(self, qkv_TN3D: Tensor, context: RowContext) -> Tensor:
@@ -171,6 +175,7 @@ class OPTLayer(MegatronModule, BaseTransformerLayer):
     ) -> tuple[Tensor, None]:
         """Run the layer on [T, 1, F]. TransformerBlock passes further arguments that are all None for OPT."""
         context, slots = packed_seq_params, hidden_states.shape[0]
+        # Biases and residuals wait for the next pass over [T, 1, F] instead of making passes of their own.
         attention, bias = self.self_attention(self.input_layernorm(hidden_states), context)
         dropout = self._dropout(context, "attention_output", slots)
         normed, hidden_states = self.pre_mlp_layernorm(attention, bias, hidden_states, *dropout)

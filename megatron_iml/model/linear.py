@@ -43,12 +43,14 @@ class _BiasInProduct(LinearWithGradAccumulationAndAsyncCommunication):
             )
         ctx.save_for_backward(input_T1F, weight_CF)
         # Kept apart: a saved tensor must not change before the backward, and this one is being summed into.
+        # Without one in evaluation, whose model has no gradient buffers.
         has_buffer = gradient_accumulation_fusion and hasattr(weight_CF, "main_grad")
         ctx.main_grad = weight_CF.main_grad if has_buffer else None  # type: ignore[attr-defined]
         # After a ReLU the gradient of the bias is no sum of what arrives here: `relu_gradient` makes it.
         ctx.use_bias = not relu
         ctx.gradient_accumulation_fusion = gradient_accumulation_fusion
         ctx.allreduce_dgrad, ctx.sequence_parallel = allreduce_dgrad, sequence_parallel
+        # megatron-core can put weight gradients off until a pipeline drains; here that is never asked for.
         ctx.grad_output_buffer, ctx.wgrad_deferral_limit = None, None
         ctx.tp_group = tp_group
 
@@ -59,6 +61,7 @@ class _BiasInProduct(LinearWithGradAccumulationAndAsyncCommunication):
             torch.distributed.all_gather_into_tensor(total_T1F, input_T1F, group=tp_group)
             input_T1F = total_T1F
         input_TF = input_T1F.flatten(0, 1)
+        # Private in torch: the product of cuBLAS that takes the ReLU before it stores.
         multiply = torch._addmm_activation if relu else torch.addmm
         return multiply(bias_C, input_TF, weight_CF.t()).view(*input_T1F.shape[:2], -1)
 
@@ -67,6 +70,7 @@ class _BiasInProduct(LinearWithGradAccumulationAndAsyncCommunication):
     def backward(ctx: Any, grad_T1C: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias."""
         gradients = LinearWithGradAccumulationAndAsyncCommunication.backward(ctx, grad_T1C)
+        # Then one None for each further argument of the forward above; megatron-core's takes other ones.
         return (*gradients[:3], None, None, None, None, None)
 
 

@@ -88,6 +88,7 @@ def choose_ops(kernels: str, attention: str | None, device: torch.device) -> Ops
     Raises:
         ValueError: if a backend cannot run on the device, or is not installed.
     """
+    # meta stands for the GPUs of a dry run, which refuse nothing.
     for key, backend in (("kernel_backend", kernels), ("attention_backend", attention)):
         if backend in ("triton", "flash") and device.type == "cpu":
             raise ValueError(
@@ -122,6 +123,8 @@ def offer_weight_gradient() -> None:
 
 class _WeightGradient:
     """Stands where megatron-core imports Apex's module of functions."""
+
+    # Without the module's other function, for buffers in low precision: `wrap_model` makes fp32 ones only.
 
     @staticmethod
     def wgrad_gemm_accum_fp32(input_TF: Tensor, grad_output_TO: Tensor, main_grad_OF: Any) -> None:

@@ -34,7 +34,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_iml.config import ModelConfig
+from megatron_iml.config import POSITION_OFFSET, ModelConfig
 from megatron_iml.parallel.groups import Layout
 
 from .cache import DecodeContext
@@ -43,9 +43,6 @@ from .head import TargetHead, TargetLosses
 from .layer import LayerNorm, OPTLayer
 from .ops import Ops
 from .row import MicroBatch, RowContext
-
-POSITION_OFFSET = 2
-"""OPT's table has two rows before the first position: fairseq's padding index 1, plus one."""
 
 
 class OPTEmbedding(MegatronModule):
@@ -135,12 +132,14 @@ class OPTModel(LanguageModule):
                 tp_group=layout.groups.tp,
             )
         self.first_layer = get_transformer_layer_offset(config, vp_stage, layout.pipeline_rank)
-        # Marks the last stage's copy as shared, so that the gradient norm counts it once.
+        # Marks the last stage's copy as shared, so that the gradient norm counts it once. Under a pipeline a
+        # collective of the first and last stage: what it sums is overwritten when weights are filled.
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
         """Called by the pipeline schedule with the previous stage's hidden states."""
+        # A list of one from the schedule, the tensor itself from a dry run.
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(self, batch: MicroBatch) -> Tensor | TargetLosses:
@@ -152,6 +151,7 @@ class OPTModel(LanguageModule):
             keys_LP = self.plan.keys(context.row, layers, batch.positions_T.device)
             # A copy: the same batch object may be run again, forward only.
             context = replace(context, keys_LP=keys_LP)
+        # On later stages it stays None: the block then takes what `set_input_tensor` was given.
         hidden_T1F = None
         if self.pre_process:
             hidden_T1F = self.embedding(batch.tokens_T, batch.positions_T, context.keys_LP)
@@ -166,6 +166,7 @@ class OPTModel(LanguageModule):
     ) -> Tensor:
         """Logits over the whole vocabulary [B, vocab_size] at `rows_B`; without pipeline parallelism."""
         hidden_T1F = self._decode(self.embedding(tokens_T, positions_T, None), context)
+        # Before the head: of a row of prompts, only each one's last slot is continued.
         hidden_BF = hidden_T1F[:, 0].index_select(0, rows_B)
         logits_BV = hidden_BF @ self.shared_embedding_or_output_weight().t()
         return gather_from_tensor_model_parallel_region(logits_BV, group=self.tp_group)

@@ -52,7 +52,8 @@ def copy_full_tensor(parameter: torch.nn.Parameter, full: Tensor, tensor_rank: i
     shard = full if dim is None else full.chunk(tensor_size, dim)[tensor_rank]
     if shard.shape != parameter.shape:
         raise ValueError(
-            f"a shard of shape {tuple(shard.shape)} does not fit a parameter of {tuple(parameter.shape)}"
+            f"a shard of shape {tuple(shard.shape)} does not fit a parameter of {tuple(parameter.shape)}; "
+            "these are weights of another model: name those of this one, or change the model section"
         )
     with torch.no_grad():
         parameter.copy_(shard)

@@ -1,4 +1,4 @@
-"""From our `Config` to megatron-core's `TransformerConfig`: the engine's 247 fields, of which OPT needs
+"""From our `Config` to megatron-core's `TransformerConfig`: the engine's 243 fields, of which OPT needs
 these.
 
     build_transformer_config(config)   ->   TransformerConfig(num_layers=12, hidden_size=768, ...)

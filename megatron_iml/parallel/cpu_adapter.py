@@ -117,6 +117,7 @@ def _patch_lazy_call() -> None:
         vars(module)["_lazy_call"] = _call_now
 
 
+# A device, where CUDA gives a number: megatron-core passes it on as `device=`.
 def _current_device() -> torch.device:
     return torch.device("cpu")
 

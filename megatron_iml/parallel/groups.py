@@ -100,6 +100,7 @@ def check_same_config(config: Config) -> None:
     Ranks with another seed would draw other dropout masks, and with other sizes wait for groups that nobody
     else builds.
     """
+    # By field, so that the message can name one.
     mine = {
         f"{section}.{name}": value
         for section, fields in asdict(config).items()
@@ -126,6 +127,7 @@ def place_in_grid(config: Config, device: torch.device) -> Layout:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     parallel = config.parallel
+    # Its default order of ranks, tensor, data, pipeline, is the one that `place_of_rank` counts by.
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

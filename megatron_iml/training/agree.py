@@ -26,6 +26,7 @@ def on_every_rank(action: Callable[[], Result]) -> Result:
     result, message = None, None
     try:
         result = action()
+    # Anything else is a bug, and keeps its traceback on the rank that has it; the launcher ends the others.
     except (ValueError, OSError) as error:
         # An error without words must still count as one.
         message = str(error) or repr(error)

@@ -82,8 +82,10 @@ def digest(tensor: Tensor) -> Digest:
     # As integers: NaN equals itself then, and -0 is not 0.
     bits = tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
     bits = bits.view(bits.shape[0], -1)
-    # Sums of integers are exact in any order, and the casts inside them need no memory.
+    # Sums of integers are exact in any order, and the casts inside them need no memory. They may wrap round:
+    # equal bits still give equal sums.
     sums = (bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64))
+    # From 1: a weight of 0 would hide what the first row or column holds.
     weighted = [(total * torch.arange(1, len(total) + 1, device=total.device)).sum() for total in sums]
     by_column, by_row = torch.stack(weighted).tolist()
     return tensor.numel(), by_column, by_row

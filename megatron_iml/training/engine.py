@@ -57,15 +57,19 @@ class Engine:
             chunk.train(not forward_only)
         # Asked each time: it depends on groups that tests rebuild in one process.
         schedule = get_forward_backward_func()
-        return schedule(
-            forward_step_func=partial(_forward_step, self.timer),
-            data_iterator=list(batches),
-            model=list(self.wrapped),
-            num_microbatches=num_micro_batches,
-            seq_length=self.config.data.row_length,
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        # The schedules leave gradients on when there is no backward: each row would keep its activations, and
+        # the head, which makes its weight's gradient in the forward, would add it to the buffer.
+        with torch.set_grad_enabled(not forward_only):
+            return schedule(
+                forward_step_func=partial(_forward_step, self.timer),
+                data_iterator=list(batches),
+                model=list(self.wrapped),
+                num_microbatches=num_micro_batches,
+                # The shape of messages between stages; sequence parallelism divides the first by itself.
+                seq_length=self.config.data.row_length,
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
 
     def gather_weights(self) -> None:
         """Finish a parameter gather that would otherwise overlap the next forward; weights are whole after
@@ -109,9 +113,10 @@ def _forward_step(
 
 
 def build_engine(config: Config, layout: Layout) -> Engine:
-    """Allocate model, gradient buffers and optimizer. Weights are filled by the caller, then
-    `optimizer.reload`ed."""
+    """Allocate model, gradient buffers and optimizer. The caller fills the weights and then calls
+    `optimizer.reload_model_params`, which copies them to the fp32 master weights."""
     chunks = build_model(config, layout)
+    # Moves the parameters into buffers of its own: whoever fills them copies in place.
     wrapped = wrap_model(chunks, config)
     timer = ForwardTimer(layout.device)
     return Engine(config, layout, chunks, wrapped, build_optimizer(wrapped, config), timer)

@@ -12,7 +12,10 @@ from megatron_iml.config import ModelConfig
 
 def row_flops(model: ModelConfig, real_tokens: int, targets: int, visible_pairs: int) -> float:
     """FLOPs of one packed row through the whole model, forward and backward."""
+    # Query, key, value and output projections, and the two of the feed-forward.
     layer_weights = model.num_layers * model.hidden_size * (4 * model.hidden_size + 2 * model.ffn_hidden_size)
+    # A multiply-add is 2, forward once and backward twice, so 6 a weight. A visible pair has two products of
+    # hidden length in each layer, q k and p v, hence 12.
     return (
         6.0 * layer_weights * real_tokens
         + 6.0 * model.hidden_size * model.vocab_size * targets

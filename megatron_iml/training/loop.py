@@ -3,22 +3,19 @@
 What enters: a prepared `Run` (see prepare.py). What leaves: checkpoints and a trace in the output directory.
 """
 
-import statistics
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
 
-from megatron_iml.config import Config, place_of_rank, rows_per_step
+from megatron_iml.config import rows_per_step
 
+from .metrics import step_row
 from .prepare import Run
 from .reporter import Reporter
-from .reports import RankReport
-from .rows import StepRows, step_rows
+from .rows import step_rows
 from .schedule import learning_rate
 from .signals import StopRequest
-from .step import StepResult, train_step
+from .step import train_step
 from .validation import validation_losses
 
 
@@ -30,13 +27,14 @@ def train(run: Run) -> bool:
         config.training.steps,
         run.state.step,
         config.training.log_interval,
-        run.engine.layout.reports,
+        enabled=run.engine.layout.reports,
     )
     # Closed on errors too: the terminal gets its cursor back, TensorBoard its last events.
     with closing(reporter):
         for line in run.introduction():
             reporter.say(line)
         last_step = _train_steps(run, reporter)
+        # Another process may still be writing the last save, which nobody would complete.
         for line in run.store.wait():
             reporter.say(line)
     return last_step == config.training.steps
@@ -46,19 +44,24 @@ def _train_steps(run: Run, reporter: Reporter) -> int:
     """Step until the last step or a signal; returns the steps taken, the last of them saved."""
     config, engine, layout = run.config, run.engine, run.engine.layout
     steps, num_rows = config.training.steps, rows_per_step(config)
+    # From here on a signal is a wish; before, it ends the process, which has nothing to save yet.
     stop = StopRequest()
     state, stopped = run.state, False
     while state.step < steps and not stopped:
         began = time.perf_counter()
         rate = learning_rate(state.step, steps, config.optimizer)
+        # Rows are counted, not derived from the step: a resumed run may take batches of another size.
         due_rows = range(state.rows_consumed, state.rows_consumed + num_rows)
+        # Read only when due: they come from mapped files, in well under a millisecond each.
         rows = step_rows(run.train_loader, due_rows, config, layout)
+        # A background save may still be reading the weights: `before_update` waits until it is through.
         result = train_step(engine, rows, rate, stop.received, run.store.before_update)
         # Skipped fp16 steps count too: their rows are consumed and the schedule goes on.
         state = replace(state, step=state.step + 1, rows_consumed=state.rows_consumed + num_rows)
+        # The device may still be at the update, which the next step's time then holds.
         seconds = time.perf_counter() - began
         reporter.step(step_row(state.step, rate, rows, result, seconds, run))
-        # After the step, so that the checkpoint holds it.
+        # What all ranks know, not what this one received: a rank that left alone would leave others waiting.
         stopped = result.stop
         is_last = state.step == steps
         # A signal leaves minutes: they are for the checkpoint, unless this is the last chance to validate.
@@ -80,54 +83,3 @@ def _train_steps(run: Run, reporter: Reporter) -> int:
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def step_row(
-    step: int, rate: float, rows: StepRows, result: StepResult, seconds: float, run: Run
-) -> dict[str, Any]:
-    """One row of metrics.jsonl. Rates count real tokens, never padding, over all ranks."""
-    positions = rows.num_rows * run.config.data.row_length
-    row = {
-        "step": step,
-        "loss": result.loss,
-        "learning_rate": rate,
-        "grad_norm": result.grad_norm,
-        "seconds": seconds,
-        "real_tokens": rows.num_real,
-        "targets": result.num_targets,
-        "documents": rows.num_documents,
-        "documents_crc": rows.documents_crc,
-        "fill": rows.num_real / positions,
-        "real_tokens_per_second": rows.num_real / seconds,
-        "target_tokens_per_second": result.num_targets / seconds,
-        "useful_tflops_per_gpu": rows.useful_flops / seconds / 1e12 / run.engine.layout.world_size,
-        "loss_scale": result.loss_scale,
-        "skipped": result.skipped,
-    }
-    is_logged = step % run.config.training.log_interval == 0
-    return row | rank_metrics(result.reports, run.config, is_logged)
-
-
-def rank_metrics(reports: Sequence[RankReport], config: Config, is_logged: bool) -> dict[str, Any]:
-    """Who is slow and who is full; every rank's numbers, by rank, in steps that are logged.
-
-    `slowest_over_peers` compares the slowest rank with the median of its own stage: stages differ by design,
-    the ranks of one stage have equal work.
-    """
-    seconds = [report.forward_seconds for report in reports]
-    gib = [report.peak_memory_bytes / 2**30 for report in reports]
-    slowest = seconds.index(max(seconds))
-    stages = [place_of_rank(config, len(reports), rank).stage for rank in range(len(reports))]
-    peers = [time for time, stage in zip(seconds, stages, strict=True) if stage == stages[slowest]]
-    metrics: dict[str, Any] = {
-        "slowest_rank": slowest,
-        "slowest_forward_seconds": seconds[slowest],
-        "slowest_over_peers": seconds[slowest] / statistics.median(peers),
-    }
-    if is_logged:
-        metrics["forward_seconds_by_rank"] = seconds
-    # The CPU counts no memory.
-    if any(gib):
-        metrics |= {"peak_memory_rank": gib.index(max(gib)), "peak_memory_gib": max(gib)}
-        metrics |= {"peak_memory_gib_by_rank": gib} if is_logged else {}
-    return metrics

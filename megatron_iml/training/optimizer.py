@@ -20,7 +20,11 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer import OptimizerConfig as EngineOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -57,12 +61,14 @@ class ReshardableOptimizer(DistributedOptimizer):
     ) -> dict[str, list[ShardedTensor]]:
         """This rank's fp32 weights and moments; a load fills these very tensors."""
         values = nested_values(model_sharded_state_dict)
+        # Tensors hash by identity, and what a ShardedTensor of a weight holds is the parameter itself.
         sharded = {value.data: value for value in values if isinstance(value, ShardedTensor)}
         state: dict[str, list[ShardedTensor]] = {}
         for parameter, held in self._held_ranges():
             # Adam keeps its step count elsewhere, so that all of these are tensors of the range's length.
             for kind, flat in self._get_main_param_and_optimizer_states(parameter).items():
                 whole = sharded[parameter]
+                # Counted, because layers of one kind share a checkpoint key; the count itself is not stored.
                 state[f"{len(state)}.{kind}.{whole.key}"] = _boxes_of_state(kind, flat, held.start, whole)
         return state
 
@@ -71,6 +77,7 @@ class ReshardableOptimizer(DistributedOptimizer):
 
     def _held_ranges(self) -> Iterator[tuple[torch.nn.Parameter, Any]]:
         """Each parameter of which this data rank owns a part, and that part of its flattened elements."""
+        # By buffer, then by (parameter, gradient) type, then by bucket.
         for buckets_of_dtype in self.gbuf_ranges:
             for buckets in buckets_of_dtype.values():
                 for bucket in buckets:
@@ -152,7 +159,14 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) 
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
     offer_l2_norm()
-    chained = get_megatron_optimizer(engine_config, list(wrapped), use_gloo_process_groups=False)
+    chained = get_megatron_optimizer(
+        engine_config,
+        list(wrapped),
+        # What has one axis, biases and norms, gets a group of its own: that of the multiplier 0 below.
+        get_standard_config_overrides(engine_config),
+        # `place_in_grid` makes none: a checkpoint gathers nothing on the host.
+        use_gloo_process_groups=False,
+    )
     assert isinstance(chained, ChainedOptimizer), (
         f"megatron-core built a {type(chained).__name__}, not a chain"
     )
@@ -160,6 +174,9 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) 
     for optimizer in chained.chained_optimizers:
         assert type(optimizer) is DistributedOptimizer, f"unexpected optimizer {type(optimizer).__name__}"
         optimizer.optimizer = Adam(optimizer.optimizer.param_groups, betas, optimizer_config.adam_eps)
+        # megatron-core leaves this product to its scheduler of rates, which does not run here.
+        for group in optimizer.optimizer.param_groups:
+            group["weight_decay"] *= group["wd_mult"]
         # megatron-core offers no way to name the class; state and attributes stay as built.
         optimizer.__class__ = ReshardableOptimizer
     connect_schedule(wrapped, chained, config)
@@ -171,6 +188,7 @@ def clip(optimizer: ChainedOptimizer, grad_norm: float, max_norm: float) -> None
 
     Adam does it on its way, where megatron-core reads and writes every gradient once more.
     """
+    # 1e-6 as megatron-core and torch have it: runs of theirs can be compared with ours.
     factor = min(max_norm / (grad_norm + 1e-6), 1.0) if max_norm > 0.0 else 1.0
     for distributed in optimizer.chained_optimizers:
         distributed.optimizer.gradient_factor = factor
@@ -180,6 +198,7 @@ def connect_schedule(
     wrapped: Sequence[DistributedDataParallel], optimizer: ChainedOptimizer, config: Config
 ) -> None:
     """Tell megatron-core's pipeline schedules how to scale losses and reduce gradients."""
+    # One object for all chunks and every module in them.
     engine_config = wrapped[0].config
     # 1 outside fp16; `model/head.py` asks it too, for gradients it makes in the forward.
     engine_config.grad_scale_func = optimizer.scale_loss

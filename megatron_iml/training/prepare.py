@@ -48,8 +48,7 @@ class Run:
         yield f"OPT {model.num_layers} layers x {model.hidden_size}, {parameters:,} parameters, {self.start}"
         yield (
             f"world {layout.world_size}: tensor {layout.tensor_size} x pipeline {layout.pipeline_size} x "
-            "data "
-            f"{layout.data_size} on {layout.device.type}, {self.config.training.precision}; "
+            f"data {layout.data_size} on {layout.device.type}, {self.config.training.precision}; "
             f"{rows_per_step(self.config)} rows of {self.config.data.row_length} a step, "
             f"{micro_batches_per_step(self.config, layout.world_size)} micro-batches a rank"
         )
@@ -71,6 +70,7 @@ def prepare(config: Config, layout: Layout) -> Run:
     store = CheckpointStore(directory / "checkpoints", config.checkpoint)
     newest = newest_checkpoint(store.directory)
     on_every_rank(lambda: _check_start(config, newest, plan))
+    # Every byte is read once, by some rank, before a damaged file can end a load halfway.
     if newest is not None:
         on_every_rank(lambda: check_share_of_files(newest, read_record(newest), weights_only=False))
     # From here on ranks wait for one another in collectives, so nothing below is a user's to get wrong.
@@ -83,6 +83,7 @@ def prepare(config: Config, layout: Layout) -> Run:
     if layout.rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
         save_config(config, directory / "config.yaml")
+    # Without an interval the one save comes at the end, where nobody waits for it to train on.
     if config.checkpoint.save_interval:
         store.reserve(engine)
     tidied = store.tidy()
@@ -104,6 +105,7 @@ def open_loader(corpus_folder: Path, plan_folder: Path, config: Config) -> Loade
     """Map a corpus and its plan, and check both against the model."""
     # Mapped, not read: every rank may open them.
     corpus, plan = Corpus.open(corpus_folder), Plan.open(plan_folder)
+    # Rows a step, and the shape of messages between stages, follow from the configured length.
     if plan.row_length != config.data.row_length:
         raise ValueError(
             f"plan {plan_folder} has rows of {plan.row_length} positions, data.row_length is "
@@ -124,10 +126,8 @@ def open_loader(corpus_folder: Path, plan_folder: Path, config: Config) -> Loade
     if corpus.padded_vocab_size != config.model.vocab_size:
         raise ValueError(
             f"corpus {corpus_folder} was written with a vocabulary of {corpus.padded_vocab_size} ids "
-            "(padded), "
-            f"model.vocab_size is {config.model.vocab_size}: set "
-            f"model.vocab_size={corpus.padded_vocab_size}, "
-            "or build the corpus with the model's tokenizer"
+            f"(padded), model.vocab_size is {config.model.vocab_size}: set "
+            f"model.vocab_size={corpus.padded_vocab_size}, or build the corpus with the model's tokenizer"
         )
     return Loader(corpus, plan)
 
@@ -157,6 +157,7 @@ def _check_start(config: Config, newest: Path | None, plan: Plan) -> None:
             "it in checkpoint.initial_weights"
         )
     state = record.state
+    # `rows_consumed` counts rows of that plan; in another one the same number means other documents.
     if state.plan_fingerprint != plan.fingerprint:
         raise ValueError(
             f"checkpoint {newest} was trained on plan {state.plan_fingerprint}, data.train_plan is "

@@ -10,6 +10,7 @@ joined trace has every step once.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Reporter:
         trimmed.write_text("".join(_rows_up_to(path, first_step)))
         trimmed.replace(path)
         self.file = path.open("a")
+        # An earlier try's events from this step on stay in its file; TensorBoard hides them.
         self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
         # A log file gets plain lines at any width; only a terminal gets the bar.
         self.console = Console(width=None if sys.stdout.isatty() else 250)
@@ -69,6 +71,7 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print a line."""
         if self.enabled:
+            # Lists of ranks stand in square brackets, which rich would take for markup.
             self.console.print(text, highlight=False, markup=False)
 
     def step(self, row: dict[str, Any]) -> None:
@@ -88,7 +91,7 @@ class Reporter:
         self.say("  validation | " + " | ".join(f"{level} {loss:.4f}" for level, loss in losses.items()))
 
     def _write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(json.dumps(_without_nan(row)) + "\n")
         # A killed run keeps every step it has taken.
         self.file.flush()
         for name, value in (row.get("validation") or row).items():
@@ -128,12 +131,20 @@ def step_line(row: dict[str, Any], steps: int) -> str:
     return " | ".join(parts)
 
 
+def _without_nan(value: Any) -> Any:
+    """None for what JSON has no word for, such as the norm of a gradient that overflowed."""
+    if isinstance(value, dict):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _rows_up_to(path: Path, step: int) -> list[str]:
     """Lines of an earlier try up to the step it resumes from; a half written last line is dropped."""
     kept: list[str] = []
     # A run that starts at 0 owns the folder: what lies there never reached a checkpoint.
     if step and path.is_file():
         for line in path.read_text().splitlines(keepends=True):
+            # Steps only rise, and a line without its end is the last: nothing after either is wanted.
             if not line.endswith("\n") or json.loads(line)["step"] > step:
                 break
             kept.append(line)

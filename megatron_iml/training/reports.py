@@ -1,6 +1,6 @@
 """What ranks tell one another once a step: one all_gather of eight numbers a rank, read once.
 
-    reports = exchange(report, loss_sum, layout)     # the same tuple of RankReport on every rank
+    reports = share(engine, losses, rows)            # the same tuple of RankReport on every rank, checked
     sum(report.loss_sum for report in reports)       # in the order of ranks: the same bits everywhere
 
 Everything that needs all ranks in a step travels here, so that the host waits for the device once: the loss,
@@ -18,6 +18,7 @@ from megatron_iml.config import Config, place_of_rank
 from megatron_iml.parallel.groups import Layout
 
 from .agree import disagreement
+from .engine import Engine
 from .rows import StepRows
 
 
@@ -38,6 +39,34 @@ class RankReport(NamedTuple):
     forward_seconds: float = 0.0
     """Its own forward passes, waiting for no other stage or replica (`timing.py`)."""
     peak_memory_bytes: float = 0.0
+    """The most that tensors have taken in the run so far: nothing resets it. 0 on the CPU."""
+
+
+def share(
+    engine: Engine, losses: list[Tensor], rows: StepRows, stop_requested: bool = False
+) -> tuple[RankReport, ...]:
+    """Tell all ranks what this one did with its rows; checked, and the same on every rank."""
+    # Every rank calls it as often as the others, with rows or without: it is a collective of the whole world.
+    layout = engine.layout
+    # fp64: a batch has up to 10^6 targets. Summed on the device, read with everything else.
+    loss_sum = torch.zeros((), dtype=torch.float64, device=layout.device)
+    # One tensor rank of a last stage speaks for its row.
+    counted = losses if layout.is_last_stage and layout.tensor_rank == 0 else []
+    for losses_M in counted:
+        loss_sum += losses_M.double().sum()
+    on_gpu = layout.device.type == "cuda"
+    report = RankReport(
+        num_targets=sum(losses_M.numel() for losses_M in counted),
+        rows_digest=rows.digest(),
+        documents_crc=rows.documents_crc,
+        num_misread=rows.num_misread,
+        stop=stop_requested,
+        forward_seconds=engine.timer.take(),
+        peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
+    )
+    reports = exchange(report, loss_sum, layout)
+    check_reports(reports, rows, engine.config)
+    return reports
 
 
 def exchange(report: RankReport, loss_sum: Tensor, layout: Layout) -> tuple[RankReport, ...]:
@@ -46,6 +75,7 @@ def exchange(report: RankReport, loss_sum: Tensor, layout: Layout) -> tuple[Rank
     numbers = torch.tensor(report, dtype=torch.float64).to(layout.device, non_blocking=True)
     numbers[RankReport._fields.index("loss_sum")] = loss_sum
     gathered = numbers.new_empty(layout.world_size * len(report))
+    # Not a reduction: who differs is to be named, and sums of floats are to be the same bits everywhere.
     dist.all_gather_into_tensor(gathered, numbers)
     return tuple(RankReport(*row) for row in gathered.view(layout.world_size, -1).tolist())
 

@@ -51,7 +51,8 @@ class StepRows:
 
     def micro_batches(self, layout: Layout) -> list[Iterator[MicroBatch]]:
         """One iterator per model chunk over the same rows, moved to the device when their turn comes."""
-        # Generators: a row is on the device from its own turn on, not from the first one's.
+        # Generators: a row is on the device from its own turn on, not from the first one's. One for each
+        # chunk, since interleaved chunks come to a row at different times.
         return [(to_device(row, layout.device) for row in self.rows) for _ in range(layout.virtual_size)]
 
 
@@ -61,7 +62,7 @@ def step_rows(loader: Loader, rows: range, config: Config, layout: Layout) -> St
     A range that does not divide evenly is filled up with empty rows, so that every rank runs as many.
     """
     plan = loader.plan
-    # Sums of rows, which the plan holds: a step of thousands of rows is dealt without looking into them.
+    # R rows of the step. The plan holds their sums: thousands of rows are dealt without looking into them.
     slots_R, targets_R, pairs_R = (
         sums_R[rows.start : rows.stop].tolist() for sums_R in (plan.slots_R, plan.targets_R, plan.pairs_R)
     )
@@ -74,6 +75,7 @@ def step_rows(loader: Loader, rows: range, config: Config, layout: Layout) -> St
     own = deal_rows([*costs, *[0.0] * (-len(rows) % group)], layout.data_size)[layout.data_rank]
     # Middle stages need no token, so they touch no page of the corpus.
     read = loader.row if layout.is_first_stage or layout.is_last_stage else loader.layout
+    # Of all ranks' rows, not of this one's: a number that every rank must come to.
     documents = plan.entries_E["document"][plan.row_starts[rows.start] : plan.row_starts[rows.stop]]
     # Indices beyond the range are the empty rows that fill it up.
     own_rows = [(index, read(rows[index])) for index in own if index < len(rows)]
@@ -86,6 +88,7 @@ def step_rows(loader: Loader, rows: range, config: Config, layout: Layout) -> St
         num_documents=len(documents),
         useful_flops=sum(costs),
         documents_crc=zlib.crc32(documents.tobytes()),
+        # The plan wrote its sums down when it was built; here they are counted again from what was read.
         num_misread=sum(
             _targets_and_pairs(row) != (targets_R[index], pairs_R[index]) for index, row in own_rows
         ),
@@ -95,6 +98,7 @@ def step_rows(loader: Loader, rows: range, config: Config, layout: Layout) -> St
 def _targets_and_pairs(row: Row | RowLayout) -> tuple[int, int]:
     layout = row.layout if isinstance(row, Row) else row
     slots = len(layout.end_T)
+    # The sum of end[col] - col; a padding slot, whose end is itself, adds nothing.
     return layout.num_targets, int(layout.end_T.sum(dtype=np.int64)) - slots * (slots - 1) // 2
 
 

@@ -89,7 +89,8 @@ def run_self_test(engine: Engine) -> None:
         raise RuntimeError(
             "self-test: this layout does not compute what it should\n"
             + "\n".join(f"  {line}" for line in lines)
-            + "\ndo not train with this attention backend and layout: documents would mix, or layers rest"
+            + "\ndo not train with this attention backend and layout: documents would mix, or a layer would "
+            "do nothing"
         )
 
 
@@ -111,8 +112,8 @@ def _verdict(everyone: list[Findings]) -> list[str]:
 def sample_documents(
     row_length: int, vocab_size: int, max_positions: int, shares_prefixes: bool = True
 ) -> list[Piece]:
-    """Six documents of odd lengths that leave some padding; every token after the first is a target or
-    source."""
+    """Six documents of odd lengths that leave some padding; sources of one or two tokens, and of the branches
+    the whole shared prefix and one token more, so that nearly every slot has a loss."""
     # The same documents on every rank, without a broadcast; ids from 4 on are no special tokens.
     rng = np.random.default_rng(0)
     # The longest takes 3 units; rows may be longer than any document can be.
@@ -177,6 +178,7 @@ def _wrong_positions(trace: Trace, pieces: list[Piece]) -> Iterator[str]:
 def _weights_without_gradient(engine: Engine) -> list[str]:
     """Weights that a backward left untouched: their layer never ran, or its result was thrown away."""
     named = list(named_global_parameters(engine.chunks))
+    # Beyond this data rank's slice the buffer still holds the rank's own sums, which prove as much.
     reached = torch.stack([(vars(parameter)["main_grad"] != 0).any() for _, parameter in named]).tolist()
     rest = [name for (name, _), is_reached in zip(named, reached, strict=True) if not is_reached]
     return [f"no gradient reached {rest[0]} and {len(rest) - 1} more weights"] if rest else []
@@ -191,16 +193,19 @@ def _compare(
     if before.losses_M is not None and after.losses_M is not None:
         # Targets come in the order of documents, as `assemble_row` puts them.
         owner_M = np.concatenate([np.full(len(p.tokens) - p.source_length, i) for i, p in enumerate(pieces)])
+        # inf equals inf: what is not finite counts as changed.
         differs_M = (before.losses_M != after.losses_M).cpu().numpy() | ~np.isfinite(
             after.losses_M.cpu().numpy()
         )
         leaked = sorted(set(owner_M[differs_M].tolist()) - may_differ)
         if leaked:
             problems.append(f"losses of documents {leaked} changed with document {changed}")
+        # A test whose change reaches nothing would pass on any layout.
         if changed not in owner_M[differs_M]:
             problems.append(f"losses of document {changed} did not change with its own tokens")
     if before.gradients_TF is not None and after.gradients_TF is not None:
         local = slice(0, None)
+        # The embedding's output is cut along the row there; attention and losses are not.
         if engine.config.parallel.sequence_parallel:
             slots = before.gradients_TF.shape[0]
             local = slice(engine.layout.tensor_rank * slots, (engine.layout.tensor_rank + 1) * slots)

@@ -14,6 +14,7 @@ EXIT_REQUEUE = 75
 class StopRequest:
     """Whether a signal has reached this rank; ranks tell one another in the step's report (`reports.py`)."""
 
+    # Handlers stay for the life of the process: a second signal while the checkpoint is written does no harm.
     def __init__(self) -> None:
         self.received = False
         for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -9,12 +9,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from .engine import Engine
 from .optimizer import clip
-from .reports import RankReport, check_reports, exchange
+from .reports import RankReport, share
 from .rows import StepRows
 
 
@@ -49,15 +46,19 @@ def train_step(
     done, so that whoever still reads them has the length of a forward and backward for it.
     """
     engine.zero_gradients()
+    # Leaves each data rank its slice of the final gradients: summed over micro-batches and replicas, divided
+    # by the targets that all last stages counted (megatron-core's `finalize_model_grads`).
     losses = engine.run(rows.micro_batches(engine.layout), len(rows.rows), forward_only=False)
     optimizer = engine.optimizer
-    # Before anything waits for the device: the host's part of this hides behind the backward.
+    # Gives master weights their slices; fp16's are divided by the loss scale, which adapts to what is found.
     overflowed = optimizer.prepare_grads()
+    # Over the whole world, with every weight once; the host waits for the device here.
     grad_norm = math.nan if overflowed else float(optimizer.get_grad_norm())
     # Before the update: weights that saw wrong rows are not worth saving, nor those made of NaN.
     reports = share(engine, losses, rows, stop_requested)
     loss = mean_loss(reports)
-    # fp16 skips a step that overflows and goes on with a lower scale.
+    # fp16 skips a step that overflows and goes on with a lower scale. Every rank holds these numbers, so that
+    # all raise or none does.
     if not overflowed:
         require_finite(loss, grad_norm, engine.config.training.output_directory)
     for group in optimizer.param_groups:
@@ -65,7 +66,9 @@ def train_step(
     if not overflowed:
         if before_update is not None:
             before_update()
+        # Leaves a factor with Adam, and gradients alone.
         clip(optimizer, grad_norm, engine.config.optimizer.clip_grad)
+        # Adam on the slices of fp32 weights, which replicas then gather; overlapped, during the next forward.
         optimizer.step_with_ready_grads()
     # Elsewhere it is 1, but on the device: reading it would wait for the whole update.
     scaled = engine.config.training.precision == "fp16"
@@ -94,33 +97,8 @@ def require_finite(loss: float, grad_norm: float, output_directory: str) -> None
         )
 
 
-def share(
-    engine: Engine, losses: list[Tensor], rows: StepRows, stop_requested: bool = False
-) -> tuple[RankReport, ...]:
-    """Tell all ranks what this one did with its rows; checked, and the same on every rank."""
-    layout = engine.layout
-    # fp64: a batch has up to 10^6 targets. Summed on the device, read with everything else.
-    loss_sum = torch.zeros((), dtype=torch.float64, device=layout.device)
-    # One tensor rank of a last stage speaks for its row.
-    counted = losses if layout.is_last_stage and layout.tensor_rank == 0 else []
-    for losses_M in counted:
-        loss_sum += losses_M.double().sum()
-    on_gpu = layout.device.type == "cuda"
-    report = RankReport(
-        num_targets=sum(losses_M.numel() for losses_M in counted),
-        rows_digest=rows.digest(),
-        documents_crc=rows.documents_crc,
-        num_misread=rows.num_misread,
-        stop=stop_requested,
-        forward_seconds=engine.timer.take(),
-        peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
-    )
-    reports = exchange(report, loss_sum, layout)
-    check_reports(reports, rows, engine.config)
-    return reports
-
-
 def mean_loss(reports: tuple[RankReport, ...]) -> float:
     """Loss per target over the whole global batch; 0 where there is no target at all."""
+    # Added in the order of ranks, by each for itself: the same bits on all of them.
     num_targets = sum(report.num_targets for report in reports)
     return sum(report.loss_sum for report in reports) / max(num_targets, 1)

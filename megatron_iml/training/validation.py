@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from megatron_iml.data.rows.loader import Loader
 
 from .engine import Engine
+from .reports import share
 from .rows import step_rows
-from .step import mean_loss, share
+from .step import mean_loss
 
 
 def validation_losses(engine: Engine, loaders: Mapping[str, Loader]) -> dict[str, float]:
@@ -20,6 +21,8 @@ def validation_losses(engine: Engine, loaders: Mapping[str, Loader]) -> dict[str
     for level, loader in loaders.items():
         # All rows as one step: pipelines fill once, and the loss is divided once.
         rows = step_rows(loader, range(loader.plan.num_rows), engine.config, engine.layout)
+        # Weights that are still being gathered are waited for by the modules that use them, as in training.
         per_row = engine.run(rows.micro_batches(engine.layout), len(rows.rows), forward_only=True)
+        # Also takes the forward times out of the timer, which the next step would report as its own.
         losses[level] = mean_loss(share(engine, per_row, rows))
     return losses

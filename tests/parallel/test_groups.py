@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from helpers import single_rank, tiny_config
 
-from megatron_iml.parallel.groups import Layout, world_size_from_environment
+from megatron_iml.parallel.groups import Layout, start_distributed, world_size_from_environment
 
 
 def place(tensor: int, pipeline: int, data: int, pipeline_size: int = 2) -> Layout:
@@ -35,3 +35,12 @@ def test_world_size_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert world_size_from_environment() == 1
     monkeypatch.setenv("WORLD_SIZE", "64")
     assert world_size_from_environment() == 64
+
+
+def test_a_world_without_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="got WORLD_SIZE 2 without RANK; allowed: all of them or none"):
+        start_distributed(tiny_config())
+    assert not dist.is_initialized()

@@ -85,12 +85,32 @@ def test_a_plan_with_shared_prefixes_needs_attention_that_knows_them(
     backend: str, branches: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(tiny_config(attention_backend=backend), data=config_of().data)
-    plan = SimpleNamespace(row_length=64, max_positions=8, shares_prefixes=branches, corpus_fingerprint="c")
-    corpus = SimpleNamespace(padded_vocab_size=config.model.vocab_size, fingerprint="c")
-    monkeypatch.setattr(prepare.Plan, "open", lambda folder: plan)
-    monkeypatch.setattr(prepare.Corpus, "open", lambda folder: corpus)
+    plan = open_these(monkeypatch, shares_prefixes=branches)
     if backend == "flash" and branches:
         with pytest.raises(ValueError, match="got flash with plan p, whose documents share prefixes;"):
             open_loader(Path("c"), Path("p"), config)
     else:
         assert open_loader(Path("c"), Path("p"), config).plan is plan
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"max_positions": 65}, "documents of up to 65 positions, .* is 64: .* --max-positions 64"),
+        ({"row_length": 128}, "rows of 128 positions, data.row_length is 64: set data.row_length=128"),
+        ({"padded_vocab_size": 104}, r"vocabulary of 104 ids \(padded\), .* is 96: set model.vocab_size=104"),
+    ],
+)
+def test_data_of_another_model_is_refused(found: dict, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_these(monkeypatch, **found)
+    with pytest.raises(ValueError, match=said):
+        open_loader(Path("c"), Path("p"), config_of())
+
+
+def open_these(monkeypatch: pytest.MonkeyPatch, **found: object) -> SimpleNamespace:
+    """Let every folder hold a plan and a corpus that fit the tiny model but for what is given."""
+    fitting = {"row_length": 64, "max_positions": 64, "shares_prefixes": False, "padded_vocab_size": 96}
+    both = SimpleNamespace(**fitting | found, corpus_fingerprint="c", fingerprint="c")
+    monkeypatch.setattr(prepare.Plan, "open", lambda folder: both)
+    monkeypatch.setattr(prepare.Corpus, "open", lambda folder: both)
+    return both

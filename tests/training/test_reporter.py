@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import orjson
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -62,6 +63,18 @@ def test_steps_and_validation_are_written_at_once(tmp_path: Path, capsys: pytest
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert events.Scalars("validation_loss/fully_held_out")[0].value == 3.25
+
+
+def test_the_trace_is_json_for_every_reader(tmp_path: Path) -> None:
+    """A skipped fp16 step has no gradient norm. Python's json alone would read a `NaN` back; orjson, which
+    plots the loss, would not."""
+    reporter = Reporter(tmp_path, steps=4, first_step=0, log_interval=2, enabled=True)
+    reporter.step({**ROW, "step": 1, "grad_norm": float("nan"), "loss": float("inf")})
+    reporter.validation(1, {"level": float("nan"), "other": 2.5})
+    reporter.close()
+    step, validation = (orjson.loads(line) for line in (tmp_path / "metrics.jsonl").open("rb"))
+    assert (step["grad_norm"], step["loss"], step["learning_rate"]) == (None, None, 5e-5)
+    assert validation == {"step": 1, "validation": {"level": None, "other": 2.5}}
 
 
 def test_resume_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:

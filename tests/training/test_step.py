@@ -161,6 +161,22 @@ def test_learning_rate_and_clipping_reach_the_update() -> None:
     assert abs(weights[1e-3]["decoder.layers.0.mlp.linear_fc1.weight"] - 1e-3) < 5e-5
 
 
+def test_weight_decay_spares_biases_and_norms() -> None:
+    """From the same gradients: what has one axis moves as without decay, what has two is drawn to zero."""
+    weights = {}
+    for decay in (0.0, 0.5):
+        config = runs.run_config()
+        optimizer = dataclasses.replace(config.optimizer, weight_decay=decay)
+        with runs.alone(dataclasses.replace(config, optimizer=optimizer)) as engine:
+            before = clones(engine)
+            train_step(engine, step_rows(runs.rows_of_step(0, 96)), 1e-2)
+            weights[decay] = clones(engine)
+    for name, weight in weights[0.0].items():
+        decayed = 0.5 * 1e-2 * before[name] if weight.dim() > 1 else torch.zeros_like(weight)
+        torch.testing.assert_close(weight - weights[0.5][name], decayed, rtol=0, atol=1e-7)
+    assert weights[0.0]["decoder.layers.0.input_layernorm.weight"].dim() == 1
+
+
 def clones(engine: Engine) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in named_global_parameters(engine.chunks)}
 
