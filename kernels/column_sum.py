@@ -16,13 +16,15 @@ from torch import Tensor
 def _column_sum(
     partials_ptr,  # fp32 [P, C]
     out_ptr,  # [C]
-    num_partials,
-    num_columns,
+    num_partials,  # P
+    num_columns,  # C, all trailing dimensions as one
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     in_columns = (columns < num_columns)[None, :]
+    # [BLOCK_P, BLOCK_C]: rows BLOCK_P apart are added first, then the block's own. That order decides the
+    # last bits of every bias gradient: another BLOCK_P is another result.
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for first in range(0, num_partials, BLOCK_P):
         rows = (first + tl.arange(0, BLOCK_P))[:, None]

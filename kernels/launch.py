@@ -11,6 +11,7 @@ without a GPU the project runs, and is imported, without Triton.
 import torch
 from torch import Tensor
 
+# Not fp64: every kernel adds up in fp32 and would pass that off as fp64.
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -22,6 +23,8 @@ def require_kernel_device(op: str, tensor: Tensor) -> None:
     """
     import triton
 
+    # The knob says what holds now; a kernel is bound to the interpreter, or not, when its module is imported:
+    # the variable has to be set before that.
     if tensor.device.type != "cuda" and not triton.knobs.runtime.interpret:
         raise ValueError(
             f"{op}: got a tensor on {tensor.device}; the kernel needs cuda, or any device under "
@@ -50,6 +53,7 @@ def require(
     Raises:
         ValueError: with the argument's name, what was got and what is allowed.
     """
+    # Arguments have no strides to the kernels outside attention: an address is row * features + column.
     got = (tuple(tensor.shape), tensor.dtype, tensor.device)
     if got != (shape, dtype, device) or not tensor.is_contiguous():
         gaps = "" if tensor.is_contiguous() else " with gaps in memory"

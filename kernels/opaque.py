@@ -25,10 +25,14 @@ def opaque(launch: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[
         fake: takes the same and returns empty tensors of the right shape, type and device.
         mutates: names of the arguments that it writes to.
     """
+    # The name is global to the process, which is why launches carry their op's name in theirs.
     name = launch.__name__.lstrip("_")
     schema = library.infer_schema(launch, mutates_args=mutates)
+    # The tag promises that schema and fake are true; tests/kernels/test_opaque.py holds every launch to it.
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    # CPU too: the interpreter runs there, and without it the launch itself refuses, with a remedy.
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, launch, device)
     library.register_fake(f"megatron_iml::{name}", fake, lib=_LIBRARY)
+    # The overload: its packet would look for one at every call.
     return getattr(torch.ops.megatron_iml, name).default

@@ -23,9 +23,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+# A place's index goes into its keys: append, or the masks of runs that have begun change.
 Place = Literal["embedding", "attention", "attention_output", "feed_forward_output"]
 PLACES: tuple[Place, ...] = ("embedding", "attention", "attention_output", "feed_forward_output")
 
+# Random123's PHILOX_M4x32 and PHILOX_W32. Words are held in int64: torch hardly computes in uint32.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
@@ -40,12 +42,15 @@ def dropout_key(seed: int, row: int, layer: int, place: Place) -> int:
         layer: global index of the layer from 0; the embedding uses -1.
         place: where in the layer.
     """
+    # Little-endian and 64 bits wide on every machine; signed, since the embedding's layer is -1.
     packed = struct.pack("<qqqq", seed, row, layer, PLACES.index(place))
+    # Hashed, not added: seed and row + 1 must not meet the masks of seed + 1 and row.
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
 def key_tensor(key: int, device: torch.device) -> Tensor:
     """The 64 bits of a key as an int64 tensor of no dimensions, which a CUDA graph can read anew."""
+    # The same bits as a signed number: int64 does not take 2^63 and above.
     signed = key - 2**64 if key >= 2**63 else key
     return torch.full((), signed, dtype=torch.int64, device=device)
 
@@ -79,6 +84,7 @@ def philox(
 
 def keep_threshold(probability: float) -> int:
     """Smallest 32-bit word that is kept when a share `probability` of elements is dropped."""
+    # Just below 1 the rounding would give 2^32, which no word can reach.
     return min(round(probability * 2.0**32), _LOW)
 
 
@@ -95,6 +101,7 @@ def keep_mask(
     Returns:
         bool [P, R, C].
     """
+    # Reads two values of the device, and waits for them: references may, kernels draw with `keep_tile`.
     first_group = int(columns_C[0]) // 4
     groups_G = torch.arange(first_group, int(columns_C[-1]) // 4 + 1, device=columns_C.device)
     shape = (planes_P.numel(), rows_R.numel(), groups_G.numel())
@@ -110,6 +117,7 @@ def keep_mask(
     )
     # One Philox call gives four words: they serve four neighbouring columns.
     bits_PRC = torch.stack(words, dim=-1).flatten(-2)
+    # Unless the columns are whole groups of four without gaps, words of others were drawn with theirs.
     if columns_C.numel() != bits_PRC.shape[-1]:
         bits_PRC = bits_PRC.index_select(-1, columns_C - 4 * first_group)
     return bits_PRC >= keep_threshold(probability)

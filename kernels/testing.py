@@ -11,6 +11,7 @@ inputs are themselves rounded results, three times. Nothing loosens it, on no ma
 """
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -33,6 +34,7 @@ def nan_poison() -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
     )
+    # Only with deterministic algorithms does torch fill memory; warn_only, since some ops have none.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
@@ -47,6 +49,7 @@ def max_error(result: Tensor, truth: Tensor) -> float:
     result, truth = result.detach().double(), truth.detach().to(result.device, torch.float64)
     if not torch.equal(result.isnan(), truth.isnan()):
         return float("inf")
+    # Equal infinities have a difference of NaN, which is no error here.
     return float((result - truth).nan_to_num(nan=0.0).abs().max()) if result.numel() else 0.0
 
 
@@ -65,8 +68,12 @@ def assert_within_budget(
     One unit in the last place of the largest value is allowed on top: torch may be exact by luck.
     """
     assert result.dtype == same_dtype.dtype, f"{name} is {result.dtype}, torch's {same_dtype.dtype}"
-    largest = float(truth.detach().double().nan_to_num().abs().max()) if truth.numel() else 0.0
+    # Not an infinity: a rounding of it would allow any error elsewhere.
+    finite = truth.detach().double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    largest = float(finite.abs().max()) if truth.numel() else 0.0
     error, budget = max_error(result, truth), factor * max_error(same_dtype, truth)
+    # Where torch itself has a NaN or an overflow that the truth has not, everything would pass.
+    assert math.isfinite(budget), f"{name}: torch in {result.dtype} is no measure, its budget is {budget}"
     budget += torch.finfo(result.dtype).eps * largest
     assert error <= budget, f"{name}: error {error:.3e} exceeds {budget:.3e} (largest value {largest:.3e})"
 
@@ -79,6 +86,7 @@ def run_op(op: Op, inputs: Mapping[str, Tensor], upstream: Sequence[Tensor]) -> 
         upstream: one gradient per output, in any type.
     """
     outputs = op(**inputs)
+    # One list of gradients serves the kernel, torch and the fp64 truth.
     upstream = [gradient.to(output.dtype) for gradient, output in zip(upstream, outputs, strict=True)]
     gradients = torch.autograd.grad(outputs, list(inputs.values()), upstream)
     named = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
@@ -137,6 +145,7 @@ def random_forest_end(seed: int, tokens: int, longest: int) -> Tensor:
             end.extend(range(len(end), len(end) + rng.randint(1, 3)))
         else:
             _append_tree(end, rng, longest, depth=0)
+    # A tree that the row's end cuts: its columns are seen up to there.
     return torch.tensor(end[:tokens], dtype=torch.int32).clamp(max=tokens)
 
 
@@ -147,4 +156,5 @@ def _append_tree(end: list[int], rng: random.Random, longest: int, depth: int) -
         # Longer prefixes first: every column is then seen by one interval of rows.
         for prefix in sorted((rng.randint(1, length) for _ in range(rng.randint(1, 4))), reverse=True):
             _append_tree(end, rng, longest, depth + 1)
+            # The trunk's columns are seen by the branch, and by all that hang on it.
             end[first : first + prefix] = [len(end)] * prefix

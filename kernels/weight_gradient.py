@@ -36,16 +36,20 @@ def accumulate_weight_gradient(main_grad_OF: Tensor, grad_output_TO: Tensor, inp
 
 
 def _weight_gradient(main_grad_OF: Tensor, grad_output_TO: Tensor, input_TF: Tensor) -> None:
+    # A view: GEMMs read a transposed operand where it lies.
     grad_output_OT = grad_output_TO.t()
     if input_TF.dtype == torch.float32:
         main_grad_OF.addmm_(grad_output_OT, input_TF)
     elif input_TF.is_cuda:
+        # cuBLAS adds 16-bit products up in fp32; without out_dtype it would round the sum before it is added.
         torch.addmm(main_grad_OF, grad_output_OT, input_TF, out_dtype=torch.float32, out=main_grad_OF)
     else:
         # torch has no mixed-precision GEMM on the CPU.
         main_grad_OF.addmm_(grad_output_OT.float(), input_TF.float())
 
 
+# The schema says what is written to: a graph neither drops the call, which returns nothing, nor moves a read
+# of the buffer past it.
 _accumulate = opaque(_weight_gradient, lambda *unused: None, mutates=("main_grad_OF",))
 
 

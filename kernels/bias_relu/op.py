@@ -101,5 +101,6 @@ class _ReLUGradient(torch.autograd.Function):
 def _gradients(ctx: Any, d_y_TF: Tensor) -> tuple[Tensor, Tensor]:
     (y_TF,) = ctx.saved_tensors
     features = y_TF.shape[-1]
+    # The gradient of a sum, for one, arrives as an expanded scalar.
     d_x_TF, d_bias_F = _backward(d_y_TF.contiguous().view(-1, features), y_TF.view(-1, features))
     return d_x_TF.view(y_TF.shape), d_bias_F

@@ -31,6 +31,7 @@ class _ReLUGradient(torch.autograd.Function):
     def backward(ctx: Any, d_y_TF: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of x and bias. NaN is not at or below 0, so it passes, as in torch."""
         (y_TF,) = ctx.saved_tensors
+        # Not y > 0: that would stop a NaN.
         d_x_TF = d_y_TF.masked_fill(y_TF <= 0.0, 0.0)
         precision = torch.promote_types(y_TF.dtype, torch.float32)
         return d_x_TF, d_x_TF.flatten(0, -2).sum(0, dtype=precision).to(y_TF.dtype)

@@ -50,12 +50,14 @@ def _all_done(pointers, wanted):
 @triton.jit
 def _await_rows(progress_ptr, first_tile, stop_tile, head, heads, LOOK: tl.constexpr):
     """Wait until the tiles first_tile ... stop_tile - 1 have their delta."""
+    # LOOK flags at a time: a document of 2,048 slots has 32 tiles.
     for first in range(first_tile, stop_tile, LOOK):
         tiles = first + tl.arange(0, LOOK)
         pointers, wanted = progress_ptr + tiles * heads + head, tiles < stop_tile
         done = _all_done(pointers, wanted)
         while done == 0:
             done = _all_done(pointers, wanted)
+    # A thread acquires for the flags that it read itself: none may load delta before all have seen theirs.
     tl.debug_barrier()
 
 
@@ -71,7 +73,7 @@ def _query_tile(
     """Write dQ and delta of a tile; return which rows of dQ hold a NaN."""
     first = tile * R
     rows_R = first + tl.arange(0, R)
-    statistics = tl.cast(head, tl.int64) * tokens + rows_R
+    statistics = tl.cast(head, tl.int64) * tokens + rows_R  # [R], of lse2 and delta
     # Asked for first: it needs no shared memory, so it is on its way while the others are waited for.
     pointers_RD, exists_RD = addresses(
         out_ptr + head * HEAD_DIM, heads * HEAD_DIM, first, tokens, R, D, HEAD_DIM
@@ -84,6 +86,7 @@ def _query_tile(
     q_RD = load_part(qkv_own, stride_h, stride_3, first, head, 0, R, D, FLAT)
     grad_RD = load_gradient(grad_own, first, head, R, D, HEAD_DIM)
     delta_R = tl.sum(out_RD.to(tl.float32) * grad_RD.to(tl.float32), axis=1)
+    # Before the loop: told inside, behind its first loads, it stops the pipelining (README: 0.711).
     tl.store(delta_ptr + statistics, delta_R, mask=rows_R < tokens)
     if not REPAIR:
         # All of the program's threads have stored before one of them says so.
@@ -135,6 +138,7 @@ def _key_tile(
     end_R = tl.load(end_ptr + keys_R, mask=keys_R < tokens, other=0)
     dropout_key = tl.load(dropout_key_ptr) if DROPOUT else 0
     statistics = tl.cast(head, tl.int64) * tokens
+    # Inputs, ready from the start: asked for before the wait, not after.
     k_RD = load_part(qkv_own, stride_h, stride_3, first, head, 1, R, D, FLAT)
     v_RD = load_part(qkv_own, stride_h, stride_3, first, head, 2, R, D, FLAT)
 
@@ -144,6 +148,7 @@ def _key_tile(
     spoilt_v_R = tl.zeros([R], tl.int32)
     if not REPAIR:
         _await_rows(progress_ptr, tile, tl.cdiv(stop, R), head, heads, 32)
+    # Rows that see a column are neighbours, so no list is needed; `stop` is the last one's successor.
     for first_query in range(first, stop, C):
         queries_C = first_query + tl.arange(0, C)
         q_CD = load_part(qkv_visited, stride_h, stride_3, first_query, head, 0, C, D, FLAT)
@@ -155,11 +160,13 @@ def _key_tile(
         p_RC = tl.exp2(scores_RC * scale2 - lse2_C[None, :])
         dropped_RC = p_RC
         if DROPOUT:
+            # Drawn as rows by columns, where four neighbours share a call, and turned.
             keep_CR = keep_tile(dropout_key, keep_threshold, queries_C, first, first_head + head, R)
             keep_RC = tl.trans(keep_CR.to(tl.int8)) != 0
             dropped_RC = tl.where(keep_RC, p_RC * keep_scale, 0.0)
             dp_RC = tl.where(keep_RC, dp_RC * keep_scale, 0.0)
         ds_RC = p_RC * (dp_RC - delta_C[None, :])
+        # Every key sees these queries unless some end before the last of them, or the diagonal cuts the tile.
         if (first_query + C > common_stop) | (first_query < first + R):
             sees_RC = (keys_R[:, None] <= queries_C[None, :]) & (queries_C[None, :] < end_R[:, None])
             dropped_RC = tl.where(sees_RC, dropped_RC, 0.0)
@@ -187,7 +194,7 @@ def _backward(
     grad_own,  # descriptor of the output's gradient [T, H, D] contiguous, boxes of R slots
     qkv_keys, qkv_queries, grad_queries,  # the same in boxes of KEYS, QUERIES and QUERIES slots
     out_ptr,  # [T, H, D] contiguous
-    d_qkv_ptr,  # [T, H, 3, D] contiguous
+    d_qkv_ptr,  # [T, H, 3, D] contiguous, written
     lse2_ptr,  # fp32 [H, T]
     delta_ptr,  # fp32 [H, T], written
     nan_ptr,  # int32 [2, Q, H], 0 at the start: does the tile of dQ, of dK or dV, hold a NaN
@@ -197,13 +204,16 @@ def _backward(
     num_key_tiles_ptr, stop_ptr, common_stop_ptr,  # int32 [Q], TileSchedule
     order_ptr,  # int32 [2 Q], TileSchedule
     dropout_key_ptr,  # int64 []
+    # As in `_forward`; scale is softmax_scale, scale2 the same in units of log 2.
     stride_h, stride_3, key_tiles_stride, tokens, scale, scale2, keep_threshold, keep_scale, first_head,
     query_tiles, heads,
     R: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
     HEAD_DIM: tl.constexpr, FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Heads vary fastest: the heads of a slot lie side by side in memory.
+    # A program's number is its place in the order, so whoever a tile of keys waits for has a lower one. Heads
+    # vary fastest: the heads of a slot lie side by side in memory.
     head, turn = tl.program_id(0) % heads, tl.load(order_ptr + tl.program_id(0) // heads)
+    # R pointers to one flag: whichever rows hold a NaN write the same 1, without a reduction.
     nan_R = nan_ptr + turn * heads + head + tl.zeros([R], tl.int32)
     if turn < query_tiles:
         has_nan_R = _query_tile(
@@ -236,6 +246,7 @@ def _repair_backward(
 ):  # fmt: skip
     """Compute those of SPAN tiles that hold a NaN once more: dQ first, then dK and dV. Arguments as of
     `_backward`."""
+    # Tiles of queries are the first half of the flags, tiles of keys the second, heads fastest in both.
     first = tl.program_id(0) * SPAN
     indices = first + tl.arange(0, SPAN)
     if tl.max(tl.load(nan_ptr + indices, mask=indices < 2 * query_tiles * heads, other=0), axis=0) != 0:

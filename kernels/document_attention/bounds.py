@@ -60,6 +60,7 @@ class TileSchedule:
         """
         assert rows % columns == 0, f"query tiles of {rows} rows are no multiple of {columns} columns"
         queries = -(-end_T.numel() // rows)
+        # Columns beyond the row end at 0: nobody sees them, and the last tile counts as masked.
         # Tiles beyond the row never have their turn: whoever waited for them would wait for ever.
         padded_T = torch.nn.functional.pad(
             end_T.clamp(max=end_T.numel()), (0, queries * rows - end_T.numel())
@@ -67,6 +68,7 @@ class TileSchedule:
         ends_KC = padded_T.view(-1, columns)
         first_row_Q1 = torch.arange(0, queries * rows, rows, device=end_T.device)[:, None]
         tile_K = torch.arange(ends_KC.shape[0], device=end_T.device)
+        # All of a query tile's own slots as columns: one tile, or rows // columns of them.
         on_diagonal_QK = tile_K // (rows // columns) == first_row_Q1 // rows
         sees_QK = (ends_KC.amax(1) > first_row_Q1) & (tile_K * columns < first_row_Q1) | on_diagonal_QK
         masked_QK = (ends_KC.amin(1) < first_row_Q1 + rows) | on_diagonal_QK
@@ -75,6 +77,7 @@ class TileSchedule:
         ends_QR = padded_T.view(-1, rows)
         stop_Q, tile_Q = ends_QR.amax(1), first_row_Q1[:, 0] // rows
         last_tile_Q = torch.maximum((stop_Q - 1) // rows, tile_Q)
+        # Odd numbers: right behind the rows of their last tile, whose inputs are then still in the cache.
         turns_W = torch.cat([2 * tile_Q, 2 * last_tile_Q + 1])
         return cls(
             columns=columns,
@@ -87,6 +90,7 @@ class TileSchedule:
 
     def tensors(self) -> list[Tensor]:
         """All but `columns`, in order: `TileSchedule(columns, *schedule.tensors())` is the schedule again."""
+        # Operators of torch take lists of tensors, not dataclasses.
         tiles = [self.key_tiles_QK, self.num_key_tiles_Q, self.stop_Q, self.common_stop_Q]
         return [*tiles, self.backward_order_W]
 
@@ -110,6 +114,7 @@ class DocumentBounds:
             pairs: the sum of end - column, if the host knows it; the device is not asked. It decides how wide
                 the schedule's tiles are, and so the order of sums, but nothing else.
         """
+        # A slot of a document of L has (L + 1) / 2 pairs on average.
         has_long_documents = pairs is not None and pairs > LONG_DOCUMENTS * end_T.numel()
         columns = LONG_KEY_TILE if has_long_documents else SHORT_KEY_TILE
         return cls(end_T=end_T, schedule=TileSchedule.from_end(end_T, columns=columns))

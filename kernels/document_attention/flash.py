@@ -61,6 +61,7 @@ class Sequences:
             ValueError: documents that share a prefix, or padding before a document.
         """
         index_T = torch.arange(end_T.numel(), dtype=end_T.dtype)
+        # A slot of padding does not even see itself.
         is_real_T = end_T > index_T
         num_real = int(is_real_T.sum())
         if not bool(is_real_T[:num_real].all()):
@@ -79,6 +80,7 @@ class Sequences:
                 f"up to {int(ends_R[slot + 1]) - 1}, so documents share a prefix; allowed: plain documents; "
                 "build the plan without --share-prefixes, or use the triton or reference attention"
             )
+        # As many as there are documents: a size that only the host can know without waiting.
         edges_N = torch.cat([ends_R.new_zeros(1), ends_R.unique_consecutive()])
         longest = int(edges_N.diff().max()) if num_real else 0
         if device.type == "cuda":
@@ -95,10 +97,14 @@ class RowBounds(DocumentBounds):
 
     @classmethod
     def from_host(cls, end_T: Tensor, device: torch.device) -> "RowBounds":
-        """Bounds on `device` of an int32 tensor in memory, which the row must not change."""
+        """Bounds on `device` of an int32 tensor in memory; beyond the row's end it means that end."""
+        # flash-attn believes the edges that it is given, and would read on behind the row.
+        end_T = end_T.clamp(max=end_T.numel())
         source_T = end_T.pin_memory() if device.type == "cuda" else end_T
+        # The sum of end - column, of which padding has 0.
         pairs = int(end_T.sum(dtype=torch.int64)) - end_T.numel() * (end_T.numel() - 1) // 2
         bounds = DocumentBounds.from_end(source_T.to(device, non_blocking=True), pairs)
+        # vars, not asdict: the schedule is to stay a TileSchedule.
         return cls(**vars(bounds), host_end_T=end_T)
 
     @cached_property
@@ -189,8 +195,10 @@ class _RealSlots(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients_RHD: Tensor) -> tuple[Tensor, None]:
         """[T, H, 3, D], zero in padding."""
+        # autograd's own backward of the slice would fill a second [T, H, 3, D] and copy into it.
         num_real = gradients_RHD[0].shape[0]
         d_qkv_TH3D = gradients_RHD[0].new_empty(ctx.shape)
         torch.stack(gradients_RHD, dim=2, out=d_qkv_TH3D[:num_real])
+        # new_empty: padding is written too.
         d_qkv_TH3D[num_real:] = 0
         return d_qkv_TH3D, None

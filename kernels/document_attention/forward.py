@@ -38,7 +38,7 @@ def _attend(
     out_RD = tl.zeros([R, D], tl.float32)
     spoilt_R = tl.zeros([R], tl.int32)
     for index in range(num_key_tiles):
-        entry = tl.load(key_tiles_ptr + index)
+        entry = tl.load(key_tiles_ptr + index)  # 2 * tile + (1 if some pair is masked)
         first_column = (entry >> 1) * C
         columns_C = first_column + tl.arange(0, C)
         k_CD = load_part(qkv, stride_h, stride_3, first_column, head, 1, C, D, FLAT)
@@ -46,11 +46,13 @@ def _attend(
         if MASK_ALL | ((entry & 1) != 0):
             sees_RC = visible(rows_R, columns_C, end_ptr, tokens)
             scores_RC = tl.where(sees_RC, scores_RC, float("-inf"))
+        # A NaN among the scores is lost here, but not in the sum: its probability is NaN.
         new_largest_R = tl.maximum(largest_R, tl.max(scores_RC, axis=1) * scale2)
         probabilities_RC = tl.exp2(scores_RC * scale2 - new_largest_R[:, None])
         shrink_R = tl.exp2(largest_R - new_largest_R)
         sum_R = sum_R * shrink_R + tl.sum(probabilities_RC, axis=1)
         largest_R = new_largest_R
+        # After the sum: a softmax is over all that a row sees, kept or not.
         if DROPOUT:
             keep_RC = keep_tile(dropout_key, keep_threshold, rows_R, first_column, plane, C)
             probabilities_RC = tl.where(keep_RC, probabilities_RC, 0.0)
@@ -59,6 +61,7 @@ def _attend(
             v_CD, spoilt_C = zero_where_not_finite(v_CD)
             spoilt_R = sees_any(visible(rows_R, columns_C, end_ptr, tokens), spoilt_C, spoilt_R)
         out_RD = out_RD * shrink_R[:, None]
+        # None is above 1, since the largest score is taken off: they fit fp16 before they are normalised.
         out_RD = tl.dot(probabilities_RC.to(v_CD.dtype), v_CD, out_RD, input_precision=PRECISION)
     if REPAIR:
         out_RD = tl.where(spoilt_R[:, None] != 0, float("nan"), out_RD)
@@ -84,12 +87,16 @@ def _forward_tile(
         q_RD, qkv_keys, stride_h, stride_3, end_ptr, key_tiles_ptr, num_key_tiles, first_row, tokens, scale2,
         dropout_key, keep_threshold, head, first_head + head, C, FLAT, DROPOUT, PRECISION, REPAIR, MASK_ALL,
     )  # fmt: skip
+    # Padding, or scores of -inf: else the largest score's own term is 1. Below -1e30 they count as -inf.
     blind_R = sum_R == 0.0
     sum_R = tl.where(blind_R, 1.0, sum_R)
+    # 1 / (1 - p) once, on the output.
     out_RD = out_RD * (keep_scale / sum_R)[:, None]
     store_tile(out_ptr + head * HEAD_DIM, heads * HEAD_DIM, first_row, tokens, out_RD, HEAD_DIM)
     rows_R = first_row + tl.arange(0, R)
+    # +inf: the backward's exp2(score - lse2) is 0 in such a row, masked or not.
     lse2_R = tl.where(blind_R, float("inf"), largest_R + tl.log2(sum_R))
+    # The mark that `_repair_forward` looks for, and overwrites with the number that the backward needs.
     if not REPAIR:
         lse2_R = tl.where(nan_rows(out_RD), float("nan"), lse2_R)
     tl.store(lse2_ptr + tl.cast(head, tl.int64) * tokens + rows_R, lse2_R, mask=rows_R < tokens)
@@ -99,12 +106,14 @@ def _forward_tile(
 def _forward(
     qkv_queries,  # descriptor of the projection [T, H, 3, D], boxes of R slots
     qkv_keys,  # the same, boxes of C slots
-    out_ptr,  # [T, H, D] contiguous
-    lse2_ptr,  # fp32 [H, T]
+    out_ptr,  # [T, H, D] contiguous, written
+    lse2_ptr,  # fp32 [H, T], written; until the repair NaN where a row's output is
     end_ptr,  # int32 [T]
     key_tiles_ptr,  # int32 [Q, K], TileSchedule
     num_key_tiles_ptr,  # int32 [Q]
-    dropout_key_ptr,  # int64 []
+    dropout_key_ptr,  # int64 [], read only with DROPOUT
+    # Strides in elements, of the projection's heads and parts and of a row of key_tiles; T; the scale of
+    # scores in units of log 2; the smallest word kept, the factor on what is kept, head 0's plane of masks.
     stride_h, stride_3, key_tiles_stride, tokens, scale2, keep_threshold, keep_scale, first_head,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASK_ALL: tl.constexpr,
@@ -129,6 +138,7 @@ def _repair_forward(
     """Compute those of SPAN tiles of a head once more that hold a NaN. Arguments as of `_forward`."""
     head = tl.program_id(0)
     first, lse2_T = tl.program_id(1) * SPAN, lse2_ptr + tl.cast(head, tl.int64) * tokens
+    # One look at the marks of all SPAN tiles: mostly the program ends with it.
     rows = first * R + tl.arange(0, SPAN * R)
     if _any_nan(lse2_T + rows, rows < tokens):
         for tile in range(first, min(first + SPAN, tl.cdiv(tokens, R))):

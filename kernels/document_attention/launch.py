@@ -60,11 +60,13 @@ class Problem:
     @property
     def block(self) -> int:
         """Head size of a tile: a power of two, 16 at least for tensor cores."""
+        # Wider than the head, it is filled with zeros, which add nothing to a score.
         return max(16, triton.next_power_of_2(self.qkv_TH3D.shape[3]))
 
     @property
     def flat(self) -> bool:
         """Whether [T, H, 3, D] can be read as a matrix [T, row] whose columns hold one head's part each."""
+        # Else a box would reach into the head's next part, or rows of the matrix would overlap.
         return self.qkv_TH3D.shape[3] == self.block and self.row <= self.qkv_TH3D.stride(0)
 
     @property
@@ -78,6 +80,7 @@ class Problem:
         """What the tables above say."""
         if self.qkv_TH3D.dtype == torch.float32:
             return FLOAT
+        # The schedule knows how long documents are: its tiles and these sizes were measured together.
         if self.schedule.columns < LONG_KEY_TILE:
             return HALF_SHORT
         return HALF_LONG_DROPOUT if self.dropout_probability > 0.0 else HALF_LONG
@@ -109,6 +112,7 @@ class Problem:
     @property
     def scale2(self) -> float:
         """The scale of scores in units of log 2."""
+        # exp2 is one instruction of the GPU; exp is this product and exp2.
         return self.softmax_scale * math.log2(math.e)
 
     def describe(self, slots: int) -> TensorDescriptor:
@@ -135,6 +139,7 @@ def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     tokens, heads, _, head_dim = qkv.shape
     out_THD = qkv.new_empty(tokens, heads, head_dim)
     lse2_HT = qkv.new_empty(heads, tokens, dtype=torch.float32)
+    # Triton makes no descriptor of a tensor without elements.
     if tokens == 0:
         return out_THD, lse2_HT
     arguments = (
@@ -159,6 +164,7 @@ def launch_backward(problem: Problem, out_THD: Tensor, lse2_HT: Tensor, grad_THD
     if tokens == 0:
         return d_qkv_TH3D
     num_tiles = math.prod(problem.grid)
+    # Zeroed in every call, and so in every replay of a graph: keys that found old flags would not wait.
     flags = torch.zeros(3, num_tiles, dtype=torch.int32, device=qkv.device)
     arguments = (
         problem.describe(QUERY_TILE), problem.describe_gradient(grad_THD, QUERY_TILE),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import require_kernel_device
+from ..launch import require, require_kernel_device
 from ..opaque import opaque
 from ..philox import key_tensor
 from .bounds import DocumentBounds, TileSchedule
@@ -45,6 +45,7 @@ def _document_attention_backward(
 ) -> Tensor:  # fmt: skip
     from .launch import Problem, launch_backward
 
+    # qkv has been checked in the forward; the gradient is whatever autograd brings.
     numbers = (softmax_scale, dropout_probability, first_head)
     problem = Problem(qkv, end, TileSchedule(key_tile, *schedule), dropout_key, *numbers)
     grad = grad.contiguous()
@@ -73,6 +74,7 @@ class _DocumentAttention(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         """Keeps what the backward recomputes probabilities from; those themselves are nowhere."""
         out, lse2 = _forward(qkv, end, schedule, dropout_key, *numbers)
+        # No tensor on ctx itself: it would escape saved-tensor hooks.
         ctx.numbers = numbers
         ctx.save_for_backward(qkv, out, lse2, end, dropout_key, *schedule)
         return out
@@ -98,8 +100,8 @@ def document_attention(
 
     Args:
         qkv_TH3D: [tokens, heads, 3, head size], query, key and value of each head side by side; bf16, fp16 or
-            fp32 on a GPU (any device under TRITON_INTERPRET=1), head size 1 to 128, contiguous in D, its
-            address and other strides multiples of 16 bytes.
+            fp32 on a GPU (any device under TRITON_INTERPRET=1), head size up to 128, contiguous in D; its
+            address, its other strides and the head size are multiples of 16 bytes.
         bounds: who sees whom, on the same device.
         softmax_scale: positive factor on the scores, usually head size ** -0.5.
         dropout_probability: share of attention probabilities dropped, in [0, 1); the rest is scaled by
@@ -117,6 +119,9 @@ def document_attention(
     _require(qkv_TH3D, bounds, softmax_scale, dropout_probability)
     if isinstance(dropout_key, int):
         dropout_key = key_tensor(dropout_key, qkv_TH3D.device)
+    # A kernel reads what the pointer's type says: 32 bits would pass for all of a key.
+    require("document_attention", "dropout_key", dropout_key, (), torch.int64, qkv_TH3D.device)
+    # The schedule's tensors one by one: autograd sees only tensors that are arguments themselves.
     numbers = (softmax_scale, dropout_probability, first_head, bounds.schedule.columns)
     return _DocumentAttention.apply(qkv_TH3D, numbers, bounds.end_T, dropout_key, *bounds.schedule.tensors())
 
@@ -139,15 +144,20 @@ def _require(qkv: Tensor, bounds: DocumentBounds, scale: float, probability: flo
             f"document_attention: softmax_scale is {scale}; it must be above 0, try {shape[3]}**-0.5"
         )
     if not 0.0 <= probability < 1.0:
-        raise ValueError(f"document_attention: dropout_probability is {probability}; allowed: 0 <= p < 1")
+        raise ValueError(
+            f"document_attention: dropout_probability is {probability}; allowed: 0 <= p < 1; leave it out "
+            "for 0"
+        )
 
 
 def _require_alignment(qkv: Tensor) -> None:
     """The copy engine counts in 16 bytes."""
+    # The head size too: it is how far apart heads lie in the gradient of the output, which is contiguous.
     steps = (qkv.data_ptr(), *(step * qkv.element_size() for step in (*qkv.stride()[:3], qkv.shape[3])))
     if any(step % 16 for step in steps):
         raise ValueError(
             f"document_attention: qkv has strides {qkv.stride()}, head size {qkv.shape[3]}, address "
-            f"{qkv.data_ptr()}; allowed: all but the last stride in multiples of 16 bytes; pass a contiguous "
-            "projection, with a padded head size if need be"
+            f"{qkv.data_ptr()}, elements of {qkv.element_size()} bytes; allowed: address, head size and all "
+            "strides but the last in multiples of 16 bytes; pass a contiguous projection, with a padded head "
+            "size if need be"
         )

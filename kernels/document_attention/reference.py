@@ -42,6 +42,7 @@ def document_attention_reference(
         nothing are zero.
     """
     heads = qkv_TH3D.shape[1]
+    # Never in bf16 or fp16: this is the truth, and it trains where there are no kernels.
     precision = torch.promote_types(qkv_TH3D.dtype, torch.float32)
     q_HTD, k_HTD, v_HTD = qkv_TH3D.to(precision).permute(2, 1, 0, 3)
     heads_H = torch.arange(first_head, first_head + heads, device=qkv_TH3D.device)
@@ -49,6 +50,7 @@ def document_attention_reference(
     pieces: list[Tensor] = []
     edges = _segment_edges(bounds.end_T)
     for first, stop in zip(edges[:-1], edges[1:], strict=True):
+        # Columns [C] that the segment's rows see, up to the diagonal; in a tree they have gaps.
         visible_C = torch.nonzero(bounds.end_T[:stop] > first).squeeze(1)
         if visible_C.numel() == 0:
             # Zeros that still depend on the input: a row of padding alone has a backward like any other.
@@ -56,6 +58,7 @@ def document_attention_reference(
             continue
         rows_R = torch.arange(first, stop, device=visible_C.device)
         scores_HRC = softmax_scale * q_HTD[:, first:stop] @ k_HTD[:, visible_C].transpose(1, 2)
+        # Inside a segment nothing but the diagonal is left to mask.
         scores_HRC = scores_HRC.masked_fill(visible_C[None, None, :] > rows_R[None, :, None], float("-inf"))
         probabilities_HRC = torch.softmax(scores_HRC, dim=-1)
         if dropout_probability > 0.0:

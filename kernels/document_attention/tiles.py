@@ -15,6 +15,7 @@ def load_part(
     qkv, stride_h, stride_3, first, head, part, N: tl.constexpr, D: tl.constexpr, FLAT: tl.constexpr
 ):
     """Tile [N, D] from slot `first` on: the query (part 0), key (1) or value (2) of a head."""
+    # Slots beyond the row read as zeros: scores of 0, which the mask takes out, and gradients of 0.
     if FLAT:
         tile_ND = qkv.load([first, head * stride_h + part * stride_3])
     else:
@@ -25,6 +26,7 @@ def load_part(
 @triton.jit
 def load_gradient(grad, first, head, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Tile [N, D] of a contiguous tensor [T, H, HEAD_DIM]."""
+    # A box wider than the head would read its neighbour's features from the matrix, not zeros.
     if HEAD_DIM == D:
         tile_ND = grad.load([first, head * D])
     else:
@@ -35,6 +37,7 @@ def load_gradient(grad, first, head, N: tl.constexpr, D: tl.constexpr, HEAD_DIM:
 @triton.jit
 def addresses(pointer, stride, first, tokens, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Addresses [N, D] and which of them exist. Inside a tile 32 bits are enough, on the way to it not."""
+    # [N] and [D]; D is the head size rounded up, so features may be missing as well as slots.
     slots_N, dims_D = tl.arange(0, N), tl.arange(0, D)
     pointers_ND = pointer + tl.cast(first, tl.int64) * stride + (slots_N[:, None] * stride + dims_D[None, :])
     exists_ND = (first + slots_N < tokens)[:, None] & (dims_D < HEAD_DIM)[None, :]
@@ -53,6 +56,7 @@ def store_tile(pointer, stride, first, tokens, tile_ND, HEAD_DIM: tl.constexpr):
 @triton.jit
 def visible(rows_R, columns_C, end_ptr, tokens):
     """The mask of a tile, bool [R, C]: column <= row < end[column]."""
+    # Columns beyond the row end at 0: nobody sees them.
     end_C = tl.load(end_ptr + columns_C, mask=columns_C < tokens, other=0)
     return (columns_C[None, :] <= rows_R[:, None]) & (rows_R[:, None] < end_C[None, :])
 
@@ -60,6 +64,7 @@ def visible(rows_R, columns_C, end_ptr, tokens):
 @triton.jit
 def zero_where_not_finite(tile_ND):
     """Return the tile with NaN and infinities zeroed, and [N]: does the slot hold any of them."""
+    # One comparison for both: NaN is not below infinity either.
     finite_ND = tl.abs(tile_ND.to(tl.float32)) < float("inf")
     return tl.where(finite_ND, tile_ND, 0.0), tl.min(finite_ND.to(tl.int32), axis=1) == 0
 
@@ -73,5 +78,6 @@ def sees_any(sees_RC, marked_C, before_R):
 @triton.jit
 def nan_rows(tile_ND):
     """bool [N]: does the row hold a NaN, or infinities of both signs, which are taken for one."""
+    # One sum in place of a comparison a feature: every finite run pays for this search.
     total_N = tl.sum(tile_ND, axis=1)
     return total_N != total_N

@@ -26,6 +26,7 @@ from ..philox_triton import keep_tile
 from .forward import Dropout
 
 
+# Asked by the kernel and by its launch, whose BLOCK has to hold what the kernel takes for a part.
 @triton.constexpr_function
 def _width(num_features, num_parts):
     """Columns of a part: whole 16-byte loads, and whole groups of four of a dropout mask."""
@@ -35,10 +36,11 @@ def _width(num_features, num_parts):
 @triton.jit
 def _part_columns(part, NUM_FEATURES: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """First column of a part, its columns [BLOCK], and which of these it has."""
-    lanes = tl.arange(0, BLOCK)
+    lanes = tl.arange(0, BLOCK)  # [BLOCK]: WIDTH rounded up to a power of two
     if PARTS == 1:
         return 0, lanes, lanes < NUM_FEATURES
     WIDTH: tl.constexpr = _width(NUM_FEATURES, PARTS)
+    # Beyond its width a block reaches into the next part, which another program owns.
     columns = part * WIDTH + lanes
     return part * WIDTH, columns, (lanes < WIDTH) & (columns < NUM_FEATURES)
 
@@ -52,7 +54,8 @@ def _part_sums(
     _, columns, in_features = _part_columns(part, NUM_FEATURES, PARTS, BLOCK)
     mask = in_rows[:, None] & in_features[None, :]
     offsets = rows.to(tl.int64)[:, None] * NUM_FEATURES + columns[None, :]
-    weight = tl.load(weight_ptr + columns, mask=in_features, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=in_features, other=0.0).to(tl.float32)  # [BLOCK]
+    # [ROWS, BLOCK]; the same terms as in the loop of `_backward`: the parts of a row share its two means.
     g = tl.load(d_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * weight[None, :]
     normed = tl.load(normed_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     return tl.sum(g, axis=1), tl.sum(g * ((normed - mean[:, None]) * rstd[:, None]), axis=1)
@@ -66,12 +69,12 @@ def _backward(
     rstd_ptr,  # fp32 [T]
     weight_ptr,  # [F]
     d_sum_ptr,  # [T, F], written
-    d_new_residual_ptr,  # [T, F], or None when nothing was added
+    d_new_residual_ptr,  # [T, F], or None when nothing was added: then the sum is the norm's input itself
     d_x_ptr,  # [T, F], written; None without dropout
     key_ptr,  # int64 [], or None without dropout
     partials_ptr,  # fp32 [programs, K, F]: d_weight and d_bias if normed, d_x_bias if BIAS
-    num_rows,
-    first_slot,
+    num_rows,  # T
+    first_slot,  # as in the forward, or the mask would be another
     threshold,
     scale,
     BIAS: tl.constexpr,
@@ -83,6 +86,7 @@ def _backward(
 ):
     part = tl.program_id(1) if PARTS > 1 else 0
     first_column, columns, in_features = _part_columns(part, NUM_FEATURES, PARTS, BLOCK)
+    # [BLOCK] each, over all rows of the program: the registers that decide how wide a part may be.
     d_weight = tl.zeros([BLOCK], tl.float32)
     d_bias = tl.zeros([BLOCK], tl.float32)
     d_x_bias = tl.zeros([BLOCK], tl.float32)
@@ -90,7 +94,7 @@ def _backward(
         weight = tl.load(weight_ptr + columns, mask=in_features, other=0.0).to(tl.float32)
 
     for first in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
-        rows = first + tl.arange(0, ROWS)
+        rows = first + tl.arange(0, ROWS)  # [ROWS]
         mask = (rows < num_rows)[:, None] & in_features[None, :]
         offsets = rows.to(tl.int64)[:, None] * NUM_FEATURES + columns[None, :]
         d_sum = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -106,7 +110,9 @@ def _backward(
             d_weight += tl.sum(d_y * xhat, axis=0)
             d_bias += tl.sum(d_y, axis=0)
             g = d_y * weight[None, :]
+            # [ROWS], of this part; the other parts' are added below.
             sum_g, sum_gx = tl.sum(g, axis=1), tl.sum(g * xhat, axis=1)
+            # Every part adds the others in another order: its means may differ from theirs in the last bit.
             for step in tl.static_range(1, PARTS):
                 other_g, other_gx = _part_sums(
                     d_y_ptr, normed_ptr, weight_ptr, mean, rstd, rows, rows < num_rows,
@@ -119,12 +125,15 @@ def _backward(
             d_sum += rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None])
             tl.store(d_sum_ptr + offsets, d_sum.to(d_sum_ptr.dtype.element_ty), mask=mask)
         if key_ptr is not None:
+            # `first_column` divides by 8 (`_width`), as a group of four words needs.
             keep = keep_tile(tl.load(key_ptr), threshold, first_slot + rows, first_column, 0, BLOCK)
+            # From here on d_sum is d_x: the bias was added before the dropout.
             d_sum = tl.where(keep, d_sum * scale, 0.0)
             tl.store(d_x_ptr + offsets, d_sum.to(d_x_ptr.dtype.element_ty), mask=mask)
         if BIAS:
             d_x_bias += tl.sum(d_sum, axis=0)
 
+    # [programs, NUM_SUMS, F], in the order that `run_backward` promises.
     NUM_SUMS: tl.constexpr = (2 if d_y_ptr is not None else 0) + (1 if BIAS else 0)
     out_ptr = partials_ptr + tl.program_id(0) * NUM_SUMS * NUM_FEATURES + columns
     if d_y_ptr is not None:
@@ -140,7 +149,8 @@ Tile = tuple[int, int, int, int, int]
 
 
 def backward_tile(num_features: int, element_size: int) -> Tile:
-    """The sizes for a width: measured on an H100 up to 8,192 features, beyond only compiled for it.
+    """The sizes for a width: measured on an H100 up to 8,192 features; beyond, chosen by what the compiler
+    reports, and timed with 12,288 only (benchmarks/results/companions.md).
 
     More warps than a row feeds with 16-byte loads would share columns and have to exchange their sums at
     every step. Rows are loaded ahead while three stages of three tensors fit shared memory. Parts of 4,096
@@ -148,6 +158,7 @@ def backward_tile(num_features: int, element_size: int) -> Tile:
     """
     if num_features > 8192:
         return 1, 8, 1, 3 if element_size == 2 else 2, triton.cdiv(num_features, 4096)
+    # Rows of a step share 16 KiB of one tensor, four rows at most; see above for the rest.
     block = triton.next_power_of_2(num_features)
     row_bytes = block * element_size
     num_warps = min(max(block // 256, 1), 8)
@@ -178,10 +189,12 @@ def run_backward(
     assert like_TF is not None, "neither y nor new_residual has a gradient"
     num_rows, num_features = like_TF.shape
     normed_TF, mean_T, rstd_T, weight_F = normed if normed is not None else (None, None, None, None)
+    # Without the norm or without dropout a gradient is only passed on: no memory, no copy.
     d_sum_TF = torch.empty_like(like_TF) if normed is not None else like_TF
     d_x_TF = torch.empty_like(like_TF) if dropout is not None else d_sum_TF
     num_sums = (2 if normed is not None else 0) + has_bias
     rows_per_step, num_warps, programs_per_multiprocessor, num_stages, num_parts = tile
+    # One even without rows, whose zeros `column_sum` reads; no more than run at once.
     num_programs = max(
         1,
         min(

@@ -40,29 +40,30 @@ class Dropout:
         return 1.0 / (1.0 - self.probability)
 
 
+# Triton compiles anew for integers that are 1 or divide by 16: one kernel serves every slot and probability.
 @triton.jit(do_not_specialize=["first_slot", "threshold"])
 def _forward(
     x_ptr,  # [T, F]
     x_bias_ptr,  # [F] or None
     residual_ptr,  # [T, F] or None
-    new_residual_ptr,  # [T, F], or None when nothing is added
+    new_residual_ptr,  # [T, F], written, or None when nothing is added
     weight_ptr,  # [F], or None without the norm, like all that follow
     bias_ptr,  # [F]
-    y_ptr,  # [T, F]
-    mean_ptr,  # fp32 [T]
-    rstd_ptr,  # fp32 [T]
+    y_ptr,  # [T, F], written
+    mean_ptr,  # fp32 [T], written
+    rstd_ptr,  # fp32 [T], written
     key_ptr,  # int64 [], or None without dropout
-    num_rows,
-    first_slot,
-    threshold,
-    scale,
+    num_rows,  # T
+    first_slot,  # of the plan row: masks count slots there, not in this tensor
+    threshold,  # `Dropout.threshold`
+    scale,  # 1 / (1 - p)
     eps,
     NUM_FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    columns = tl.arange(0, BLOCK)  # [BLOCK], the whole row: its statistics need no other program
     in_features = columns < NUM_FEATURES
     mask = (rows < num_rows)[:, None] & in_features[None, :]
     offsets = rows.to(tl.int64)[:, None] * NUM_FEATURES + columns[None, :]
@@ -82,7 +83,9 @@ def _forward(
         x = rounded.to(tl.float32)
 
     if weight_ptr is not None:
+        # `/` and sqrt are approximations on a GPU; div_rn and sqrt_rn round as IEEE says.
         mean = tl.div_rn(tl.sum(x, axis=1), NUM_FEATURES * 1.0)  # [ROWS]
+        # Zeroed beyond the row: each of those columns would add mean^2 to the variance.
         centred = tl.where(in_features[None, :], x - mean[:, None], 0.0)
         variance = tl.div_rn(tl.sum(centred * centred, axis=1), NUM_FEATURES * 1.0)
         rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
@@ -90,6 +93,7 @@ def _forward(
         bias = tl.load(bias_ptr + columns, mask=in_features, other=0.0).to(tl.float32)
         y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        # fp32 also of a 16-bit row: the backward takes x - mean again, which a rounded mean would spoil.
         tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
         tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
@@ -97,6 +101,7 @@ def _forward(
 def forward_tile(num_features: int) -> tuple[int, int]:
     """Rows per program and warps, measured on an H100."""
     block = triton.next_power_of_2(num_features)
+    # 2,048 elements are one 16-byte load of bf16 for every thread of 8 warps.
     return max(1, 2048 // block), 8 if block <= 8192 else 16
 
 
@@ -146,6 +151,7 @@ def run_forward(
             eps,
             NUM_FEATURES=num_features,
             ROWS=rows_per_program,
+            # `keep_tile` draws words for four columns at a time.
             BLOCK=max(4, triton.next_power_of_2(num_features)),
             num_warps=num_warps,
         )

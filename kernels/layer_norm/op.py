@@ -90,6 +90,7 @@ def bias_dropout_add(
     matrices = {} if residual_TF is None else {"residual": residual_TF}
     _check("bias_dropout_add", x_TF, matrices, {} if x_bias_F is None else {"x_bias": x_bias_F})
     _check_dropout("bias_dropout_add", dropout_probability, dropout_key, x_TF.device)
+    # A launch that adds nothing makes no new residual to return.
     if x_bias_F is None and residual_TF is None and dropout_probability == 0.0:
         return x_TF
     _, new_residual_TF = _AddLayerNorm.apply(
@@ -111,11 +112,15 @@ def _check(op: str, x_TF: Tensor, matrices: dict[str, Tensor], vectors: dict[str
 
 def _check_dropout(op: str, probability: float, key: Tensor | None, device: torch.device) -> None:
     if not 0.0 <= probability < 1.0:
-        raise ValueError(f"{op}: dropout_probability is {probability}; allowed: 0 or more, below 1")
+        raise ValueError(
+            f"{op}: dropout_probability is {probability}; allowed: 0 or more, below 1; leave it out for 0"
+        )
+    # Where nothing is dropped a key is ignored, so a model may pass one all the time.
     if probability > 0.0:
         if key is None:
             raise ValueError(
-                f"{op}: dropout_probability is {probability} without a dropout_key; pass a tensor"
+                f"{op}: dropout_probability is {probability} without a dropout_key; allowed: an int64 tensor "
+                "of no dimensions; make one with philox.key_tensor"
             )
         require(op, "dropout_key", key, (), torch.int64, device)
 
@@ -137,6 +142,7 @@ def _layer_norm_forward(
         Dropout(probability, key, first_slot) if key is not None else None,
         forward_tile(x_TF.shape[1]),
     )
+    # A list, since a schema of torch knows no result that may be absent.
     return [tensor for tensor in results if tensor is not None]
 
 
@@ -184,6 +190,7 @@ def _fake_backward(
 ) -> list[Tensor]:  # fmt: skip
     like_TF = d_y_TF if d_y_TF is not None else d_new_residual_TF
     assert like_TF is not None, "neither y nor new_residual has a gradient"
+    # As in `_layer_norm_backward`: what is only passed on does not count.
     num_matrices = (normed_TF is not None) + (key is not None)
     num_sums = (2 if normed_TF is not None else 0) + has_bias
     matrices = [torch.empty_like(like_TF) for _ in range(num_matrices)]
@@ -227,6 +234,7 @@ class _AddLayerNorm(torch.autograd.Function):
         y_TF = None
         if weight_F is not None:
             y_TF, mean_T, rstd_T = results[-3:]
+            # The rounded sum, which the next layer keeps alive anyway: not x and residual.
             ctx.save_for_backward(key, results[0] if adds else rows_TF, mean_T, rstd_T, weight_F)
         else:
             ctx.save_for_backward(key)
@@ -248,14 +256,15 @@ class _AddLayerNorm(torch.autograd.Function):
         results = _backward(
             d_y_TF, d_new_residual_TF, *(normed or [None] * 4), has_bias, ctx.probability, key, ctx.first_slot
         )
-        d_sum_TF = results[0] if normed else d_new_residual_TF
-        d_x_TF = results[1 if normed else 0] if key is not None else d_sum_TF
-        assert d_sum_TF is not None and d_x_TF is not None, "something is added, so the sum has a gradient"
+        # Gradients that are the same are one tensor, not two views of it: a tensor that nobody else refers to
+        # becomes the .grad of a leaf as it is, and two leaves would share its memory.
+        d_sum = results[0].view(like.shape) if normed else d_new_residual
+        d_x = results[1 if normed else 0].view(like.shape) if key is not None else d_sum
         sums = list(results[-1]) if normed or has_bias else []
         return (
-            d_x_TF.view(like.shape),
+            d_x,
             sums[-1] if has_bias else None,
-            d_sum_TF.view(like.shape) if ctx.needs_input_grad[2] else None,
+            d_sum if ctx.needs_input_grad[2] else None,
             *(sums[:2] if normed else (None, None)),
             *(None,) * 4,
         )

@@ -38,6 +38,7 @@ def bias_dropout_add_reference(
     if dropout_probability > 0.0:
         assert dropout_key is not None, f"dropout {dropout_probability} without a key"
         keep_TF = _keep(x_TF, dropout_probability, dropout_key, first_slot)
+        # Not a product with the mask: 0 * NaN is NaN, and the kernels drop a NaN with its element.
         total_TF = torch.where(keep_TF, total_TF / (1.0 - dropout_probability), 0.0)
     if residual_TF is not None:
         total_TF = residual_TF + total_TF
@@ -67,5 +68,6 @@ def _keep(x_TF: Tensor, probability: float, key: int | Tensor, first_slot: int) 
     features = x_TF.shape[-1]
     rows_T = torch.arange(x_TF.numel() // features, device=x_TF.device) + first_slot
     columns_F = torch.arange(features, device=x_TF.device)
+    # A hidden state has no heads: one plane for all.
     plane = torch.zeros(1, dtype=torch.int64, device=x_TF.device)
     return keep_mask(key, probability, rows_T, columns_F, plane)[0].view(x_TF.shape)

@@ -81,9 +81,16 @@ def target_loss(
         hidden covers this rank's vocabulary: the caller sums it over the ranks.
 
     Raises:
-        ValueError: shapes, types or devices that do not go together; a chunk below 1.
+        ValueError: shapes, types or devices that do not go together; a chunk below 1; one reduction alone.
     """
     _check(hidden_TF, weight_VF, target_rows_M, target_ids_M, weight_grad_VF, chunk)
+    if (group_max is None) != (group_sum is None):
+        missing = "group_max" if group_max is None else "group_sum"
+        raise ValueError(
+            f"target_loss: one reduction is given, {missing} is None; allowed: both or neither; pass both of "
+            "the vocabulary's group"
+        )
+    # Asked out here: inside a Function gradients are always off.
     options = _Options(vocab_start, group_max, group_sum, chunk, torch.is_grad_enabled())
     return _TargetLoss.apply(
         hidden_TF, weight_VF, target_rows_M, target_ids_M, loss_scale, weight_grad_VF, options
@@ -119,6 +126,7 @@ def _chunks(num_targets: int, chunk: int) -> list[slice]:
     """Equal chunks, as few as may be: a small last one would cost as much traffic as a full one."""
     if num_targets == 0:
         return []
+    # -(-a // b) rounds up.
     size = -(-num_targets // -(-num_targets // chunk))
     return [slice(first, min(first + size, num_targets)) for first in range(0, num_targets, size)]
 
@@ -173,6 +181,7 @@ _scatter = opaque(
 
 def _reduce(statistics: Tensor, options: _Options) -> None:
     """Make statistics of this rank's vocabulary those of the whole."""
+    # The maximum first: sums over several ranks can only be added when all are relative to one.
     if options.group_max is not None:
         local_maximum = statistics[0].clone()
         options.group_max(statistics[0])
@@ -199,6 +208,7 @@ class _TargetLoss(torch.autograd.Function):
         losses_M = torch.empty(num_targets, dtype=torch.float32, device=hidden_TF.device)
         d_hidden_MF = hidden_TF.new_empty(num_targets, features) if wants_hidden else None
         own_grad_VF = None
+        # fp32 as well: chunks would else be added up in the weight's type.
         if wants_weight and weight_grad_VF is None:
             weight_grad_VF = own_grad_VF = torch.zeros_like(weight_VF, dtype=torch.float32)
         wants_gradient = wants_hidden or wants_weight
@@ -206,6 +216,7 @@ class _TargetLoss(torch.autograd.Function):
         parts = _chunks(num_targets, options.chunk)
         # Rows of 16 bytes: the GEMMs are fast only on aligned rows, and V / ranks may be odd.
         stride = -(-num_vocab // 8) * 8
+        # One buffer for all chunks; the first is the largest.
         buffer_CV = hidden_TF.new_empty(parts[0].stop if parts else 0, stride)[:, :num_vocab]
         for part in parts:
             hidden_mF = hidden_TF.index_select(0, target_rows_M[part])
@@ -225,6 +236,7 @@ class _TargetLoss(torch.autograd.Function):
                 _reduce(statistics, options)
                 if wants_gradient:
                     _to_gradient(logits_mV, ids_m, statistics, loss_scale, options.vocab_start)
+            # log of the sum of exp, less the target's logit.
             losses_M[part] = statistics[0] + torch.log(statistics[1]) - statistics[2]
             if d_hidden_MF is not None:
                 _hidden_gradient(d_hidden_MF[part], logits_mV, weight_VF)

@@ -37,16 +37,19 @@ def target_loss_reference(
     """See `op.target_loss`. Here all logits exist at once and all gradients come in the backward, so
     `loss_scale` and `chunk` change nothing."""
     if weight_grad_VF is not None:
+        # A leaf of its own: its hook fills the buffer, and the weight itself gets no gradient, as in `op`.
         weight_VF = weight_VF.detach().requires_grad_(weight_VF.requires_grad)
         if weight_VF.requires_grad:
             weight_VF.register_hook(lambda gradient_VF: _add(weight_grad_VF, gradient_VF))
     precision = torch.promote_types(hidden_TF.dtype, torch.float32)
     logits_MV = hidden_TF.index_select(0, target_rows_M).to(precision) @ weight_VF.to(precision).t()
     with torch.no_grad():
+        # Only shifts the exponents: its gradient would cancel.
         maximum_M = logits_MV.amax(dim=1) if logits_MV.numel() else logits_MV.new_zeros(0)
         if group_max is not None:
             group_max(maximum_M)
         local_ids_M = target_ids_M - vocab_start
+        # An id of another rank's rows reads row 0 here and is zeroed.
         is_here_M = (local_ids_M >= 0) & (local_ids_M < weight_VF.shape[0])
         local_ids_M = torch.where(is_here_M, local_ids_M, 0)
     at_target_M = torch.where(is_here_M, logits_MV.gather(1, local_ids_M[:, None]).squeeze(1), 0.0)

@@ -50,6 +50,7 @@ def test_within_budget(dtype: torch.dtype, rows: int, features: int) -> None:
 
 
 def test_zero_stops_the_gradient_and_nan_passes() -> None:
+    # With the bias of 1: below 0, 0 itself, above 0. The kernels compare so that NaN falls through.
     nan = float("nan")
     x_TF = torch.tensor([[-2.0, -1.0, 0.0, 1.0, nan]], device=DEVICE, requires_grad=True)
     bias_F = torch.ones(5, device=DEVICE, requires_grad=True)
@@ -66,6 +67,7 @@ def test_leading_dimensions_and_no_rows() -> None:
     assert torch.equal(bias_relu(x_TF.view(6, 1, 40), bias_F).squeeze(1), bias_relu(x_TF, bias_F))
     empty = bias_relu(x_TF[:0], bias_F)
     assert empty.shape == (0, 40)
+    # Written zeros, not what the memory held: the kernel runs once even so.
     assert not torch.autograd.grad(empty.sum(), bias_F)[0].any()
 
 
@@ -74,11 +76,13 @@ def test_only_the_output_is_kept() -> None:
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda _: _):
         y_TF = bias_relu(**inputs)
+    # The output's own memory, not a copy, and nothing of the input.
     assert kept == [y_TF.data_ptr()]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeats_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
+    # Races need many programs at once: only a GPU has them, so there it is tried more often.
     rows, repeats = (5000, 50) if DEVICE.type == "cuda" else (40, 2)
     assert_repeats_equal(op, *draw(rows, 200, dtype), repeats)
 
@@ -96,7 +100,9 @@ def test_the_gradient_alone_is_that_of_bias_relu(op: Callable[..., Tensor]) -> N
     wanted = torch.autograd.grad(y_TF, tuple(inputs.values()), upstream)
     leaf_TF, bias_F = y_TF.detach().requires_grad_(), inputs["bias_F"]
     same_TF = op(leaf_TF, bias_F)
+    # Nothing is computed forward, not even a copy.
     assert same_TF.data_ptr() == leaf_TF.data_ptr()
     d_x_TF, d_bias_F = torch.autograd.grad(same_TF, (leaf_TF, bias_F), upstream)
     assert torch.equal(d_x_TF, wanted[0])
+    # The reference adds nine rows up in another order.
     torch.testing.assert_close(d_bias_F, wanted[1], rtol=1e-6, atol=1e-5)

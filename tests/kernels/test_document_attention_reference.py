@@ -39,6 +39,7 @@ def dense_attention(qkv_TH3D: Tensor, end_T: Tensor, dropout: float = 0.0, key: 
 def random_qkv(end_T: Tensor, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(end_T.numel(), HEADS, 3, HEAD_DIM, generator=generator, dtype=torch.float64)
+    # Doubled, so that softmaxes are far from uniform and a wrong column shows.
     return (2 * qkv).to(dtype)
 
 
@@ -55,6 +56,7 @@ def test_random_forests_in_fp64(dropout: float) -> None:
         out = attend(ours, end_T, dropout_probability=dropout, dropout_key=seed)
         truth = dense_attention(theirs, end_T, dropout, seed)
         torch.testing.assert_close(out, truth, rtol=1e-12, atol=1e-12, msg=lambda m, s=seed: f"seed {s}: {m}")
+        # A gradient of ones would hide much: probabilities of a row add up to 1.
         weight = torch.randn_like(out)
         (out * weight).sum().backward()
         (truth * weight).sum().backward()
@@ -94,6 +96,7 @@ def test_rows_that_see_nothing_are_zero() -> None:
     end_T = torch.tensor([0, 3, 3, 3, 4, 7, 7, 7], dtype=torch.int32)
     qkv = random_qkv(end_T, 0).requires_grad_()
     out = attend(qkv, end_T)
+    # Padding at the start, between documents (two slots) and behind them.
     blind = ~visible(end_T).any(1)
     assert blind.tolist() == [True, False, False, True, True, False, False, True]
     assert (out[blind] == 0).all() and (out[~blind] != 0).any(-1).all()
@@ -115,6 +118,7 @@ def test_poison_in_one_document_reaches_no_other(poison: float) -> None:
     dirty.requires_grad_()
     after = attend(dirty, end_T, dropout_probability=0.1)
     after[others].sum().backward()
+    # Bits: the columns of other documents are never read, in either direction.
     assert torch.equal(after[others], out[others])
     assert torch.equal(dirty.grad[others], clean.grad[others])
 
@@ -122,6 +126,7 @@ def test_poison_in_one_document_reaches_no_other(poison: float) -> None:
 def test_a_branch_reaches_neither_its_trunk_nor_its_sibling() -> None:
     # Trunk 0-2 of which 0 and 1 are shared, branches 3-5 and 6-7.
     end_T = torch.tensor([8, 8, 3, 6, 6, 6, 8, 8], dtype=torch.int32)
+    # Slot 2 is the trunk's own tail, which no branch sees.
     before = random_qkv(end_T, 2, torch.float32)
     after = before.clone()
     after[3:6] = 100 * torch.randn(3, HEADS, 3, HEAD_DIM)
@@ -135,6 +140,7 @@ def test_a_slice_of_heads_draws_its_own_masks() -> None:
     dropout = {"dropout_probability": 0.4, "dropout_key": 77}
     whole = attend(qkv, end_T, **dropout)
     for first in range(HEADS):
+        # As a tensor-parallel rank does with its heads.
         part = attend(qkv[:, first : first + 1], end_T, **dropout, first_head=first)
         torch.testing.assert_close(part, whole[:, first : first + 1], rtol=1e-13, atol=1e-13)
     assert not torch.allclose(whole, attend(qkv, end_T, dropout_probability=0.4, dropout_key=78))

@@ -23,6 +23,7 @@ from megatron_iml.kernels.document_attention import (
     flash_attention,
     load_varlen,
 )
+from megatron_iml.kernels.document_attention.bounds import SHORT_KEY_TILE
 from megatron_iml.kernels.testing import (
     assert_op_within_budget,
     documents_end,
@@ -162,6 +163,7 @@ def test_its_views_are_the_fused_projections_and_so_is_the_gradient() -> None:
 
     projected = normal(72, 1, 2 * 3 * 16, seed=1, dtype=torch.float32)
     (out,) = attend(flash_attention(look), documents_end([30, 40], padding=2), projected.view(72, 2, 3, 16))
+    # Strided views into the projection's memory: nothing is split or copied on the way in.
     assert all(view.untyped_storage().data_ptr() == projected.untyped_storage().data_ptr() for view in seen)
     (gradient,) = torch.autograd.grad(out.square().sum(), projected)
     assert gradient.is_contiguous() and gradient.isfinite().all() and not gradient[70:].any()
@@ -192,6 +194,7 @@ def test_every_forest_is_refused_or_right() -> None:
         try:
             (out,) = attend(flash_attention(torch_varlen), end_T, qkv)
         except ValueError:
+            # Trees and padding in between; what they are refused with has a test of its own.
             refused += 1
             continue
         (truth,) = attend(document_attention_reference, end_T, qkv)
@@ -205,10 +208,22 @@ def test_dropout_is_refused() -> None:
     qkv = normal(8, 1, 3, 8, seed=1, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"dropout_probability is 0.1; allowed: 0"):
         op(qkv, bounds, SCALE, 0.1, 7, 0)
+    # A key and a head without dropout name a mask that is not drawn.
     assert torch.equal(op(qkv, bounds, SCALE, 0.0, 7, 3), op(qkv, bounds, SCALE))
 
 
+def test_an_end_beyond_the_row_is_the_rows() -> None:
+    # flash-attn would read as far as its edges say.
+    end_T = torch.full((8,), 200, dtype=torch.int32)
+    bounds = RowBounds.from_host(end_T, DEVICE)
+    assert bounds.sequences.edges_N.tolist() == [0, 8]
+    assert bounds.sequences.longest == 8
+    # 36 visible pairs are no long documents.
+    assert bounds.schedule.columns == SHORT_KEY_TILE
+
+
 def test_the_documents_of_a_row_are_found_once() -> None:
+    # Every layer asks; the search is on the host and would be in the way of each.
     bounds = RowBounds.from_host(PLAIN["padding behind"], DEVICE)
     assert bounds.sequences is bounds.sequences
     assert bounds.sequences.edges_N.tolist() == [0, 5, 65, 66, 136]
@@ -231,6 +246,7 @@ def install(monkeypatch: pytest.MonkeyPatch, packages: dict[str, str]) -> None:
         if parent:
             monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
         module = ModuleType(name)
+        # What `load_varlen` returns then says which package it came from.
         vars(module)["flash_attn_varlen_func"] = distribution
         monkeypatch.setitem(sys.modules, name, module)
 
@@ -255,6 +271,7 @@ def test_absence_and_breakage_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
         load_varlen()
     # Installed but broken is not absent: an older one must not take over.
     install(monkeypatch, {"flash-attn": "flash_attn", "flash-attn-4": "flash_attn.cute"})
+    # None makes the import raise ImportError.
     monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
     with pytest.raises(ImportError):
         load_varlen()

@@ -1,6 +1,8 @@
 """LayerNorm ops against fp64 within the error budget, masks bit for bit, repeats bit-equal."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +24,9 @@ from megatron_iml.kernels.testing import assert_op_within_budget, run_op
 pytest.importorskip("triton", reason="triton is not installed")
 
 # One element, fewer features than a Philox group, a power of two, odd sizes, the width of OPT-125M, and rows
-# that the backward cuts into parts, the last of them shorter.
-SHAPES = [(1, 1), (3, 3), (4, 64), (7, 131), (2, 768), (3, 8203)]
+# that the backward cuts into parts, the last of them shorter. 150 rows are more than the backward's programs
+# have at a time.
+SHAPES = [(1, 1), (3, 3), (4, 64), (7, 131), (150, 20), (2, 768), (3, 8203)]
 # The widths of real models, more rows than programs, the widest row.
 GPU_SHAPES = [(1, 2048), (515, 2048), (1031, 4096), (33, 7168), (300, 9216), (300, 12288), (5, 16384)]
 GPU_SHAPES += [(40000, 130)]
@@ -126,9 +129,11 @@ def test_the_mask_is_the_definition_bit_for_bit_forward_and_backward() -> None:
     x_TF = torch.ones(33, 257, device=DEVICE, requires_grad=True)
     dropped_TF = bias_dropout_add(x_TF, None, None, 0.4, key_tensor(KEY, DEVICE), FIRST_SLOT)
     (d_x_TF,) = torch.autograd.grad(dropped_TF.sum(), x_TF)
+    # Forward and backward of ones are the mask times its factor, in one rounding each.
     expected_TF = keep(33, 257, 0.4) * torch.tensor(1.0 / 0.6, dtype=torch.float32)
     assert torch.equal(dropped_TF, expected_TF)
     assert torch.equal(d_x_TF, expected_TF)
+    # 8,481 draws: their share has a standard deviation of 0.005.
     assert abs(float((dropped_TF == 0).float().mean()) - 0.4) < 0.02
 
 
@@ -148,6 +153,7 @@ def test_a_slice_of_the_slots_draws_its_part_of_the_mask() -> None:
 
 def test_statistics_survive_a_large_mean() -> None:
     inputs = draw(5, 300, torch.float32)
+    # E[x^2] - mean^2 would lose 24 bits of the variance here, all that fp32 has.
     inputs["residual_TF"] = normal(5, 300, seed=3, dtype=torch.float32, shift=4096.0)
     assert_op_within_budget(
         functools.partial(add_layer_norm, eps=EPS),
@@ -166,6 +172,7 @@ def test_a_nan_stays_in_its_row() -> None:
         inputs["x_TF"][2, 5] = float("nan")
     spoilt = run_op(op, inputs, gradients)
     others = [0, 1, 3, 4, 5]
+    # Not the gradients of biases and weights: their sums are over rows, so a NaN belongs there.
     for name in ("output 0", "output 1", "gradient of x_TF", "gradient of residual_TF"):
         assert torch.equal(clean[name][others], spoilt[name][others])
     assert spoilt["output 0"][2].isnan().all()
@@ -178,6 +185,7 @@ def test_leading_dimensions_and_no_rows() -> None:
     shaped = add_layer_norm(x_TF.view(6, 1, 40), x_bias_F, residual_TF.view(6, 1, 40), *affine, EPS)
     for one, other in zip(flat, shaped, strict=True):
         assert torch.equal(one[:, None], other)
+    # Sums over no rows: zeros that somebody has to write.
     empty = add_layer_norm(x_TF[:0], x_bias_F, residual_TF[:0], *affine, EPS)
     gradients = torch.autograd.grad(empty, [x_TF, x_bias_F, affine[0]], [empty[0].detach()] * 2)
     assert all(not gradient.any() for gradient in gradients)
@@ -194,6 +202,27 @@ def test_only_the_sum_and_two_numbers_a_row_are_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         add_layer_norm(**inputs, eps=EPS, dropout_probability=0.1, dropout_key=key_tensor(KEY, DEVICE))
     assert sorted(kept) == [1, 8, 8, 100, 8 * 100]  # key, mean, rstd, weight, new_residual
+
+
+@pytest.mark.parametrize("op", [bias_dropout_add, add_layer_norm])
+def test_leaves_do_not_share_the_memory_of_a_gradient(op: Callable[..., Any]) -> None:
+    # Without dropout the gradients of x and of the residual are the same numbers; without a norm they are the
+    # ones that came in.
+    inputs = draw(3, 8, torch.float32)
+    if op is bias_dropout_add:
+        outputs = op(inputs["x_TF"], None, inputs["residual_TF"])
+    else:
+        outputs, _ = op(**inputs, eps=EPS)
+    upstream_TF = torch.ones_like(outputs)
+    outputs.backward(upstream_TF, retain_graph=True)
+    x_TF, residual_TF = inputs["x_TF"], inputs["residual_TF"]
+    once_TF = x_TF.grad.clone()
+    assert torch.equal(once_TF, residual_TF.grad)
+    assert len({tensor.data_ptr() for tensor in (x_TF.grad, residual_TF.grad, upstream_TF)}) == 3
+    # A second backward adds in place: where memory is shared, it adds twice.
+    outputs.backward(upstream_TF)
+    assert torch.equal(x_TF.grad, 2 * once_TF)
+    assert torch.equal(residual_TF.grad, 2 * once_TF)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -215,7 +244,10 @@ def test_repeats_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
         ({"x_TF": torch.zeros(8, 4).t()}, r"x is .* with gaps in memory.*\.contiguous\(\)"),
         ({"x_TF": torch.zeros(4, 8, dtype=torch.float64)}, r"got torch.float64; allowed: .*_reference"),
         ({"dropout_probability": 1.0}, r"dropout_probability is 1.0; allowed"),
-        ({"dropout_probability": 0.1}, r"dropout_probability is 0.1 without a dropout_key"),
+        (
+            {"dropout_probability": 0.1},
+            r"dropout_probability is 0.1 without a dropout_key; allowed: an int64",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(change: dict, first_line: str) -> None:

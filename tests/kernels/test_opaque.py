@@ -10,11 +10,14 @@ from torch import Tensor, library
 
 from megatron_iml.kernels.bias_relu import bias_relu, relu_gradient
 from megatron_iml.kernels.bias_relu import op as bias_relu_op
+from megatron_iml.kernels.document_attention import DocumentBounds
+from megatron_iml.kernels.document_attention import op as attention_op
 from megatron_iml.kernels.layer_norm import add_layer_norm, bias_dropout_add, layer_norm
 from megatron_iml.kernels.layer_norm import op as layer_norm_op
 from megatron_iml.kernels.philox import key_tensor
 from megatron_iml.kernels.target_loss import op as target_loss_op
 from megatron_iml.kernels.target_loss import target_loss
+from megatron_iml.kernels.testing import documents_end
 from megatron_iml.kernels.weight_gradient import _accumulate, accumulate_weight_gradient
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -35,6 +38,10 @@ def key(value: int = 5) -> Tensor:
     return key_tensor(value, DEVICE)
 
 
+BOUNDS = DocumentBounds.from_end(documents_end([3, 2]).to(DEVICE))
+# As the op passes them: scale, dropout, first head, width of a key tile.
+NUMBERS = (0.5, 0.1, 3, BOUNDS.schedule.columns)
+# Above 0: the statistics of a softmax are divided by.
 STATISTICS = torch.rand(3, 4, device=DEVICE) + 1.0
 LAUNCHES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "layer_norm": (
@@ -70,6 +77,20 @@ LAUNCHES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         target_loss_op._scatter,
         (*plain((4, F)), ROWS, torch.full((), 0.5, device=DEVICE), T),
     ),
+    "attention": (
+        attention_op._forward,
+        (*plain((T, 2, 3, 8)), BOUNDS.end_T, BOUNDS.schedule.tensors(), key(), *NUMBERS),
+    ),
+    "attention backward": (
+        attention_op._backward,
+        (
+            *plain((T, 2, 8), (T, 2, 3, 8), (T, 2, 8), (2, T)),
+            BOUNDS.end_T,
+            BOUNDS.schedule.tensors(),
+            key(),
+            *NUMBERS,
+        ),
+    ),
     "weight gradient": (_accumulate, tuple(plain((V, F), (T, V), (T, F)))),
 }
 
@@ -104,6 +125,7 @@ def loss_of_targets(inputs: list[Tensor], scale: Tensor, **settings: Any) -> Ten
 
 def same_bits(loss: Callable[..., Tensor], inputs: list[Tensor], *rest: Any, **settings: Any) -> None:
     """One graph without a break, and in it the bits of the eager op, forward and backward."""
+    # aot_eager traces forward and backward and runs the same operators: their bits are the eager ones.
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     expected, got = loss(inputs, *rest, **settings), compiled(inputs, *rest, **settings)
     assert torch.equal(expected, got)
@@ -116,6 +138,7 @@ def same_bits(loss: Callable[..., Tensor], inputs: list[Tensor], *rest: Any, **s
 @pytest.mark.slow
 def test_a_layer_is_one_graph() -> None:
     inputs = draw((T, F), (F,), (T, F), (F,), (F,))
+    # Two keys: a graph that had kept the first would draw its masks again.
     for value in (1, 2):
         same_bits(loss_of_layer, inputs, key(value))
 

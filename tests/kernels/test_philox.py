@@ -73,6 +73,7 @@ def test_key_depends_on_everything_that_names_a_mask() -> None:
         dropout_key(1234, 7, -1, "attention"),
         *(dropout_key(1234, 7, 0, place) for place in PLACES),
     }
+    # Four that differ in one thing each, and four places, one of which is the base's.
     assert len(others) == 8 and base in others
 
 
@@ -90,6 +91,7 @@ def test_each_element_is_the_word_that_the_head_of_the_module_says() -> None:
     key = dropout_key(1, 2, 3, "embedding")
     mask = keep_mask(key, 0.5, torch.tensor([11]), torch.tensor([21]), torch.tensor([4]))
     words = philox(key, tuple(torch.tensor([c]) for c in (11, 21 // 4, 4, 0)))
+    # Column 21 is word 1 of group 5.
     assert bool(mask) == (int(words[21 % 4]) >= 2**31)
 
 
@@ -113,6 +115,7 @@ def test_share_of_dropped_elements(probability: float) -> None:
 def test_thresholds_at_the_ends() -> None:
     assert keep_threshold(0.0) == 0
     assert keep_threshold(0.5) == 2**31
+    # Rounded it would be 2^32, which a comparison of 32-bit words takes for 0: everything kept.
     assert keep_threshold(1.0 - 2.0**-33) == 2**32 - 1
     axis = torch.arange(100)
     assert keep_mask(1, 0.0, axis, axis, axis[:1]).all()

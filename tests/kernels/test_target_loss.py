@@ -16,8 +16,8 @@ from megatron_iml.kernels.testing import assert_op_within_budget, nan_poison, ru
 pytest.importorskip("triton", reason="triton is not installed")
 
 # slots, features, vocabulary, targets, chunk. One of each; odd everything; several tiles of vocabulary and
-# a last chunk that is smaller; no targets.
-SHAPES = [(1, 1, 2, 1, 1), (9, 17, 37, 11, 4), (6, 33, 5003, 9, 100), (4, 8, 20, 0, 9)]
+# a last chunk that is smaller; several blocks of features to scatter; no targets.
+SHAPES = [(1, 1, 2, 1, 1), (9, 17, 37, 11, 4), (6, 33, 5003, 9, 100), (3, 1100, 20, 5, 9), (4, 8, 20, 0, 9)]
 GPU_SHAPES = [(2048, 768, 50272, 177, 2048), (16384, 1024, 12568, 1411, 500), (300, 512, 6284, 2500, 2048)]
 SHAPES += [pytest.param(*shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
 ONE = [torch.ones((), device=DEVICE)]
@@ -97,6 +97,7 @@ def reduce_with(
 ) -> dict[str, Callable[[Tensor], Any]]:
     """Reductions of a group of two; plain torch plays the other rank, with what lies outside `shard`."""
     hidden_TF, weight_VF = (tensor.detach().double() for tensor in differentiable.values())
+    # fp64, so that the other rank's part adds no error of its own to the comparison.
     rows_M, ids_M = indices.values()
     logits_MV = hidden_TF[rows_M] @ weight_VF.t()
     is_other_V = torch.ones(len(weight_VF), dtype=torch.bool, device=DEVICE)
@@ -112,12 +113,15 @@ def reduce_with(
 
 
 @pytest.mark.parametrize("function", [target_loss, target_loss_reference])
-@pytest.mark.parametrize("shard", [slice(0, 20), slice(20, 37)])
+# The last one has two blocks of columns in the kernel that turns a shard's logits into their gradient.
+@pytest.mark.parametrize(
+    ("vocab", "shard"), [(37, slice(0, 20)), (37, slice(20, 37)), (16500, slice(0, 8250))]
+)
 def test_a_shard_of_the_vocabulary_computes_its_part_of_the_whole(
-    function: Callable[..., tuple[Tensor, Tensor]], shard: slice
+    function: Callable[..., tuple[Tensor, Tensor]], vocab: int, shard: slice
 ) -> None:
     """Both shards must see targets that are theirs and targets that are not."""
-    differentiable, indices = draw(9, 17, 37, 11, torch.float32)
+    differentiable, indices = draw(9, 17, vocab, 11, torch.float32)
     whole = run_op(functools.partial(reference, **indices), differentiable, ONE)
     reductions = reduce_with(differentiable, indices, shard)
     weight_VF = differentiable["weight_VF"].detach()[shard].clone().requires_grad_()
@@ -127,7 +131,7 @@ def test_a_shard_of_the_vocabulary_computes_its_part_of_the_whole(
     torch.testing.assert_close(loss_sum.detach(), whole["output 0"])
     torch.testing.assert_close(d_weight_VF, whole["gradient of weight_VF"][shard])
     # The hidden gradient is this shard's part: with the other's it makes the whole.
-    other = slice(20, 37) if shard.start == 0 else slice(0, 20)
+    other = slice(shard.stop, vocab) if shard.start == 0 else slice(0, shard.start)
     rest_VF = differentiable["weight_VF"].detach()[other].clone()
     reductions = reduce_with(differentiable, indices, other)
     rest_sum, _ = function(hidden_TF, rest_VF, **indices, vocab_start=other.start, **reductions)
@@ -144,6 +148,7 @@ def test_the_weights_gradient_goes_into_its_buffer_scaled(
     before_VF = torch.full((37, 17), 0.5, device=DEVICE)
     buffer_VF, scale = before_VF.clone(), torch.tensor(8.0, device=DEVICE)
     loss_sum, _ = function(**differentiable, **indices, loss_scale=scale, weight_grad_VF=buffer_VF, chunk=4)
+    # The contract: what reaches the sum in the backward is the scale that the forward was told.
     (loss_sum * scale).backward()
     assert differentiable["weight_VF"].grad is None
     torch.testing.assert_close(buffer_VF, before_VF + 8.0 * whole["gradient of weight_VF"])
@@ -160,6 +165,7 @@ def test_scaling_before_rounding_saves_small_fp16_gradients() -> None:
         target_loss(**differentiable, **indices, loss_scale=loss_scale, weight_grad_VF=buffer_VF)
         assert buffer_VF.isfinite().all()
         lost[scale] = float((~buffer_VF.any(dim=1)).float().mean())
+    # Rows of the vocabulary without any gradient: with one target each has only its probability's.
     assert lost[1.0] > 0.6 and lost[32768.0] < 0.3, lost
 
 
@@ -170,6 +176,7 @@ def test_without_gradients_nothing_is_accumulated() -> None:
         loss_sum, losses_M = target_loss(**differentiable, **indices, weight_grad_VF=buffer_VF)
     assert not buffer_VF.any() and not loss_sum.requires_grad
     torch.testing.assert_close(losses_M, target_loss(**differentiable, **indices)[1])
+    # A frozen weight: gradients flow through the head, and none into it.
     frozen = differentiable | {"weight_VF": differentiable["weight_VF"].detach()}
     target_loss(**frozen, **indices, weight_grad_VF=buffer_VF)[0].backward()
     assert not buffer_VF.any() and differentiable["hidden_TF"].grad.any()
@@ -180,6 +187,7 @@ def test_a_nan_reaches_only_its_own_targets() -> None:
     _, clean_M = target_loss(**differentiable, **indices, chunk=4)
     with torch.no_grad():
         differentiable["hidden_TF"][int(indices["target_rows_M"][0]), 3] = float("nan")
+    # Poisoned, since a chunk that read another's logits would meet what that left in the buffer.
     with nan_poison():
         _, losses_M = target_loss(**differentiable, **indices, chunk=4)
     is_spoilt_M = indices["target_rows_M"] == indices["target_rows_M"][0]
@@ -203,6 +211,8 @@ def test_repeats_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
         ({"hidden_TF": torch.zeros(9, 1, 17)}, r"hidden is \(9, 1, 17\).*view them"),
         ({"weight_grad_VF": torch.zeros(37, 17).half()}, r"weight_grad is .*float16.* must be .*float32"),
         ({"chunk": 0}, r"chunk is 0; allowed: 1 or more"),
+        ({"group_max": abs}, r"group_sum is None; allowed: both or neither"),
+        ({"group_sum": abs}, r"group_max is None; allowed: both or neither"),
     ],
 )
 def test_what_does_not_go_together_is_refused(change: dict, first_line: str) -> None:
@@ -219,7 +229,8 @@ def test_reference_adds_a_low_precision_gradient_to_an_fp32_buffer() -> None:
     buffers = []
     for dtype in (torch.float32, torch.bfloat16):
         buffer = torch.full((11, 8), 0.5)
-        leaf = weight.to(dtype).requires_grad_()
+        # Detached, or in bf16 it would be no leaf, and its .grad None whatever happened.
+        leaf = weight.detach().to(dtype).requires_grad_()
         loss_sum, _ = target_loss_reference(hidden.to(dtype), leaf, rows, ids, weight_grad_VF=buffer)
         loss_sum.backward()
         assert leaf.grad is None
