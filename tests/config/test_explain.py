@@ -33,6 +33,8 @@ def test_every_rank_is_named_with_what_it_holds() -> None:
     assert "pipeline bubble: 4.5% of the step (3 of 32 micro-batches' time, divided by 2" in text
     # 2,048 x 12,288 x 2 bytes over 8 tensor ranks.
     assert "hidden states of 6 MiB to the next stage and as much gradient back, over 7 borders" in text
+    # 4 x 50,272 x 12,288 bytes over 8 tensor ranks.
+    assert "0.29 GiB of embedding gradient between the first and the last stage" in text
     assert "gradients, up to 20.64 GiB reduce-scattered over data ranks while the backward runs" in text
 
 

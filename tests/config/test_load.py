@@ -97,6 +97,8 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path, text: str, expected:
         ("training: {stpes: 4}", "training.stpes", "training.steps"),
         ("training: {learning_rate: 1}", "training.learning_rate", "optimizer.learning_rate"),
         ("steps: 4", "steps", "training.steps"),
+        # Not checkpoint.save_interval, which is as near.
+        ("checkpoint: {log_interval: 4}", "checkpoint.log_interval", "training.log_interval"),
         ("trainign: {steps: 4}", "trainign", "training"),
         ("optimizer: {adam_beta: 0}", "optimizer.adam_beta", "optimizer.adam_beta1"),
     ],

@@ -114,3 +114,17 @@ def test_sequence_parallelism_cuts_what_tensor_parallelism_leaves_whole() -> Non
 def check_config_of_layout(config: Config) -> None:
     with pytest.raises(ValueError, match="data.train_corpus"):
         check_config(config, 4)  # the data is all that is missing
+
+
+def test_the_last_stage_makes_logits_of_a_chunk_of_targets() -> None:
+    """2,048 targets x 8 words more x 2 bytes; the other stages know no words."""
+    sizes = [
+        [
+            stage_memory(
+                configure("opt-125m", *pipeline(2), f"model.vocab_size={words}"), 2, stage
+            ).activations
+            for stage in range(2)
+        ]
+        for words in (50_272, 50_280)
+    ]
+    assert [more - less for less, more in zip(*sizes, strict=True)] == [0, 2048 * 8 * 2]

@@ -49,6 +49,7 @@ TP = "parallel.tensor_model_parallel_size="
 PP = "parallel.pipeline_model_parallel_size="
 VP = "parallel.virtual_pipeline_model_parallel_size="
 GROUPS_OF_3 = ("parallel.recompute_num_layers=3",)
+ROWS_OF_3 = "training.global_batch_positions=768"
 VALIDATED = (
     "data.validation_corpus=c",
     "data.validation_plans={fully_held_out: p}",
@@ -68,6 +69,8 @@ RECOMPUTE = ("parallel.recompute_granularity=full", "parallel.recompute_method="
         (4, (PP + "2", VP + "2", "parallel.pipeline_layers=[1, 2, 3, 2]")),
         (2, (PP + "2", *RECOMPUTE[:1], RECOMPUTE[1] + "uniform", "parallel.recompute_num_layers=2")),
         (2, (PP + "2", *RECOMPUTE[:1], RECOMPUTE[1] + "block", "parallel.recompute_num_layers=3")),
+        # Chunks of 2, 3 and 3 layers: `block` takes what a chunk has.
+        (3, (PP + "3", *RECOMPUTE[:1], RECOMPUTE[1] + "block", *GROUPS_OF_3, ROWS_OF_3)),
         (2, ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")),
         (1, ("model.initialisation=null", "checkpoint.initial_weights=weights")),
         (1, ("data.validation_corpus=c", "data.validation_plans={fully_held_out: p}")),

@@ -51,3 +51,8 @@ def test_unknown_size_names_the_nearest(tmp_path: Path) -> None:
     message = str(caught.value)
     assert message.startswith(f"{path}: model.size: got 'opt-6.7'; allowed: opt-125m, ")
     assert "did you mean opt-6.7b" in message
+
+
+def test_a_name_unlike_any_other_gets_the_whole_list() -> None:
+    with pytest.raises(ValueError, match=f"did you mean {' or '.join(OPT_SIZES)}"):
+        opt_size("gemma")

@@ -1,11 +1,14 @@
 """What makes two evaluations the same, comparable, or neither."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from hashlib import sha256
 
 import pytest
 
 from megatron_iml.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig
 from megatron_iml.evaluation.conditions import (
+    RESULT_FORMAT_VERSION,
     Conditions,
     check_comparable,
     conditions_from_config,
@@ -66,6 +69,14 @@ def test_conditions_of_a_config() -> None:
 def test_fingerprint_changes_with_what_decides_the_numbers(change: dict[str, object]) -> None:
     changed = replace(CONDITIONS, **change)
     assert task_fingerprint(changed, "f1", "rouge_l") != task_fingerprint(CONDITIONS, "f1", "rouge_l")
+
+
+def test_fingerprint_does_not_follow_the_order_of_fields() -> None:
+    facts = asdict(CONDITIONS) | {"file_sha256": "f1", "metric": "rouge_l"}
+    facts |= {"format_version": RESULT_FORMAT_VERSION}
+    del facts["checkpoint"], facts["bench_fingerprint"]
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+    assert task_fingerprint(CONDITIONS, "f1", "rouge_l") == sha256(text.encode()).hexdigest()
 
 
 def test_fingerprint_of_other_file_or_metric_differs() -> None:

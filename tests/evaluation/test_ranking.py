@@ -116,6 +116,11 @@ def test_prompt_ids_changed_by_a_candidate_are_not_shared() -> None:
     assert [piece.shared for piece in tree.pieces] == [0, 1]
 
 
+def test_equal_candidates_share_all_but_the_token_without_a_slot() -> None:
+    [tree] = grow_trees(0, [np.array([11, 12, 5, 2])] * 2, source_length=2, row_length=8)
+    assert (tree.slots, [piece.shared for piece in tree.pieces]) == (3, [0, 3])
+
+
 def test_candidates_beyond_a_row_start_another_tree() -> None:
     documents = [np.array([11, 12, 13, last, 2]) for last in (5, 6, 7)]
     trees = grow_trees(0, documents, source_length=3, row_length=5)

@@ -48,6 +48,10 @@ def test_folders_lie_beside_the_config_or_below_another_root(tmp_path):
             "sources: [{reader: reasoning_gym, options: {seed: x}}]\nsplits: splits.yaml",
             "reader reasoning_gym: option seed is 'x'; give int",
         ),
+        (
+            "sources: [{reader: reasoning_gym, options: {seed: true}}]\nsplits: splits.yaml",
+            "reader reasoning_gym: option seed is True; give int",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path, config, message):
