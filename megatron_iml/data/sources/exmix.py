@@ -137,6 +137,7 @@ def _toxicity(path: Path, counts: TaskCounts) -> Iterator[tuple[int, Answer]]:
 
 
 DATA_SETS: Mapping[str, tuple[str, Callable[[Path, TaskCounts], Iterator[tuple[int, Answer]]]]] = {
+    # dev, gen, test and train.
     # Not train_100.tsv, which repeats train.tsv.
     "cogs": ("**/[dgt]*[!0].tsv", _pairs),
     "geo_funql": ("**/geo_funql_*.tsv", _pairs),

@@ -159,6 +159,7 @@ def _form(row: dict[str, Any], pattern: Pattern, instance: str, counts: TaskCoun
     options = as_texts(row.get("options", []), counts)
     if options is None:
         return "options are not texts"
+    # FLAN's own layout. A row without options leaves the slot empty, and is dropped where a template has one.
     listed = "OPTIONS:\n" + "\n".join(f"- {option}" for option in options)
     # ReCoRD's templates have a name of their own for it.
     fields = {"options_": listed, "options_str": listed} if options else {}

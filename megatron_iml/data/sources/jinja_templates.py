@@ -37,6 +37,7 @@ class Prompt(NamedTuple):
 def draw(count: int, *key: str) -> int:
     """A number below `count` that follows from the key alone."""
     # Not `random`: its sequences may change between versions of Python.
+    # 64 bits: the modulo favours no choice by more than a part in 10^15.
     return int.from_bytes(blake2b("\0".join(key).encode(), digest_size=8).digest(), "little") % count
 
 
@@ -183,6 +184,7 @@ def _draw_one(context: jinja2.runtime.Context, items: Sequence[Any]) -> Any:
 
 def _most_frequent(items: Sequence[Any]) -> list[Any]:
     """The items that occur most often, all of them where several do."""
+    # A list and not one item: templates pipe it on to `choice`.
     counted = Counter(items).most_common()
     return [item for item, count in counted if count == counted[0][1]]
 

@@ -47,6 +47,7 @@ def pieces(text: str, longest: int) -> Iterator[str]:
     while len(text) > longest:
         # A line's end before a blank, a blank before the middle of a word; never a piece of a few words.
         cuts = (text.rfind(mark, longest // 2, longest) for mark in ("\n\n", "\n", " "))
+        # Text without a blank (Chinese, a long address) is cut in its middle.
         cut = next((cut for cut in cuts if cut > 0), longest)
         yield text[:cut]
         # Else the next piece would begin with the line break that this one ends before.
@@ -61,7 +62,8 @@ def _instances(paths: Sequence[Path], field: str, longest: int, counts: TaskCoun
             if text is None or not text.strip():
                 yield f"{path.stem}-{number}", f"no text in {field}"
                 continue
-            for index, piece in enumerate(pieces(text, longest)):
+            # Blanks at the end of a long text would be a piece of their own, without a word in it.
+            for index, piece in enumerate(pieces(text.rstrip(), longest)):
                 if index:
                     counts.repaired["piece of a long document"] += 1
                 # One instance: no split may put half of a page among its test rows.

@@ -57,6 +57,7 @@ def read(
         data_set = path.parent.relative_to(root)
         # Of this folder alone: a subset's rows lie below, under its own templates.
         tables = [table for table in sorted((folder / data_set).glob("*")) if table.suffix in KINDS]
+        # Beginnings: large data sets come as train-00000-of-00004.parquet.
         files = [table for table in tables if table.stem.startswith(tuple(row_splits))]
         # Before the splits are looked at: rows of other splits alone are no sign of a wrong folder.
         found += bool(tables)

@@ -118,6 +118,7 @@ def _creak(row: dict[str, Any]) -> Solved:
 
 def _ecqa(row: dict[str, Any]) -> Solved:
     options = "\n".join(f"- {row[f'q_op{number}']}" for number in range(1, 6))
+    # taskB is the explanation in whole sentences; taskA holds single properties.
     return f"{row['q_text']}\n{options}", row["q_ans"], (row["taskB"],)
 
 

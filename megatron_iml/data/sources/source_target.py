@@ -66,6 +66,7 @@ def _examples(paths: Sequence[Path], name: TaskName, counts: TaskCounts) -> Iter
             counts.read += 1
             example = _example(row, f"{path}:{number}", index, name, counts)
             index += 1
+            # The index counts rows that were dropped too: mending one row renames no other.
             if example is not None:
                 yield example
 

@@ -53,6 +53,7 @@ def read(folder: Path, drops: Drops, *, instructions: str = "") -> Iterator[Task
 
 def linearised(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """A table as text: `col : a | b row 1 : 1 | 2 row 2 : 3 | 4`."""
+    # TAPEX's form, which UnifiedSKG took over for every table.
     lines = ["col : " + " | ".join(map(str, header))]
     lines += [f"row {number} : " + " | ".join(map(str, row)) for number, row in enumerate(rows, start=1)]
     return " ".join(lines)

@@ -13,10 +13,12 @@ def test_templates_of_a_data_set_are_one_task(tmp_path):
             "qasc_is_correct_1.jsonl": [{"prompt": "Is rain wet?\n", "completion": "Yes<|endoftext|>"}],
             "qasc_qa_with_facts.jsonl": [{"prompt": "Wet?", "completion": "rain\n<|endoftext|> \n"}],
             "super_glue_boolq_exam.jsonl": [{"prompt": "Q?", "completion": "No<|endoftext|>"}],
+            # Of squad_v2 and not of squad.
+            "squad_v2_jeopardy.jsonl": [{"prompt": "A?", "completion": "B<|endoftext|>"}],
         },
     )
     found = Reading(rendered_pairs.read, tmp_path)
-    assert list(found.tasks) == ["qasc", "super_glue__boolq"]
+    assert list(found.tasks) == ["qasc", "squad_v2", "super_glue__boolq"]
     assert found.tasks["super_glue__boolq"].data_sources == ("boolq",)
     assert found.tasks["super_glue__boolq"].parent == "boolq"
     first, second = found.examples("qasc")

@@ -9,12 +9,13 @@ from megatron_iml.data.sources.pretraining_text import pieces
 
 def test_pretraining_documents_are_all_target(tmp_path):
     folder = tmp_path / "replay"
-    rows = [{"text": "A page."}, {"text": " "}, {"text": "x" * 30 + " " + "y" * 30}, {"other": "z"}]
+    long = "x" * 30 + " " + "y" * 30
+    rows = [{"text": "A page."}, {"text": " "}, {"text": long}, {"other": "z"}, {"text": "v" * 40 + "\n\n"}]
     found = Reading(pretraining_text.read, write_files(folder, {"00.jsonl": rows}), piece_characters=40)
     assert (found.tasks["replay"].benchmark, found.tasks["replay"].category) == ("Pretraining", "Pretraining")
     examples = found.examples("replay")
     assert {example.source for example in examples} == {""}
-    assert [example.targets[0] for example in examples] == ["A page.", "x" * 30, "y" * 30]
+    assert [example.targets[0] for example in examples] == ["A page.", "x" * 30, "y" * 30, "v" * 40]
     assert examples[1].instance == examples[2].instance == "00-3"
     assert found.counts("replay").dropped == {"no text in text": 2}
     assert found.counts("replay").repaired == {"piece of a long document": 1}
@@ -26,6 +27,8 @@ def test_pieces_end_at_paragraphs_then_lines_then_blanks():
     assert list(pieces("aaaa bbbb cccc", 12)) == ["aaaa bbbb", "cccc"]
     assert list(pieces("a" * 25, 12)) == ["a" * 12, "a" * 12, "a"]
     assert list(pieces("", 12)) == [""]
+    # A piece of one word would be a poor document.
+    assert list(pieces("a " + "b" * 18, 12)) == ["a " + "b" * 10, "b" * 8]
     text = " ".join(f"word{i}" for i in range(999))
     cut = list(pieces(text, 100))
     assert " ".join(cut) == text and max(map(len, cut)) <= 100
