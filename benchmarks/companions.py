@@ -54,7 +54,6 @@ TARGET_SHARE = 0.086
 EPS = 1e-5
 DROPOUT = 0.1
 DTYPE = torch.bfloat16
-# Any 64 bits: a mask costs the same whatever its key.
 KEY = 0x0123456789ABCDEF
 
 
@@ -68,7 +67,6 @@ class Case:
     torch_op: Op
     reference: Op
     inputs: dict[str, Tensor]
-    # Gradients of the outputs, in their order.
     upstream: list[Tensor]
     forward_passes: int
     """Tensors of [slots, features] that the forward must read or write."""
@@ -135,6 +133,7 @@ def backward_only(
     """For `measure`: the op's backward alone, on one forward."""
 
     def prepare() -> Callable[[], Any]:
+        """Run the forward, return the backward."""
         outputs = op(**inputs)
         # retain_graph: one forward serves all repeats.
         return lambda: torch.autograd.grad(outputs, list(inputs.values()), upstream, retain_graph=True)
@@ -263,6 +262,7 @@ def gemms(hidden_MF: Tensor, weight_VF: Tensor, d_logits_MV: Tensor) -> Callable
     """The three GEMMs of target_loss alone, the weight's gradient in bf16."""
 
     def function() -> None:
+        """Logits, the gradient of the hidden states, the gradient of the weight."""
         torch.mm(hidden_MF, weight_VF.t())
         torch.mm(d_logits_MV, weight_VF)
         torch.mm(d_logits_MV.t(), hidden_MF)

@@ -144,10 +144,12 @@ def time_both(
     """Forward without autograd's bookkeeping, and backward alone on one forward."""
 
     def backward() -> Callable[[], Any]:
+        """Run the forward, return the backward."""
         out = forward()
         return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
     def without_graph() -> Callable[[], Any]:
+        """The forward as inference runs it."""
         return torch.no_grad()(forward)
 
     return {"forward": timer(without_graph), "backward": timer(backward)}
@@ -183,6 +185,7 @@ def time_flex(lengths: list[int], heads: int, head_dim: int) -> dict[str, Timing
     )
 
     def sees(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """FlexAttention's mask_mod: same document, not later."""
         return (document_T[row] == document_T[column]) & (row >= column)
 
     build = functools.partial(torch.compile(create_block_mask), sees, None, None, slots, slots, device="cuda")

@@ -24,6 +24,7 @@ from megatron_iml.data.rows.assemble import Row
 class KeyValueCache(Protocol):
     """Keys and values of B sequences in decoding; opaque but for dropping the finished ones."""
 
+    # Positional, so that an implementation may name its argument as it likes.
     def keep(self, indices_K: NDArray[np.int64], /) -> None:
         """Keep only these sequences: increasing indices into the present batch."""
         ...

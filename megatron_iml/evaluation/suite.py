@@ -81,5 +81,6 @@ def _progress(console: Console, *, visible: bool) -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
+        # Bars of several ranks would draw over one another.
         disable=not visible,
     )

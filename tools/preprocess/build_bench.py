@@ -75,6 +75,7 @@ def print_summary(bench: "Bench") -> None:
     for entry in bench.entries:
         groups[entry.level, entry.split].append(entry)
     for (level, split), entries in sorted(groups.items()):
+        # Of this level and split: a category may have tasks on two levels.
         categories = len({entry.category for entry in entries})
         examples = sum(entry.examples for entry in entries)
         table.add_row(level, split, f"{len(entries)}", f"{categories}", f"{examples:,}")
@@ -84,6 +85,7 @@ def print_summary(bench: "Bench") -> None:
     dropped: Counter[str] = Counter()
     for counts in ledger["tasks"].values():
         dropped.update(counts["dropped"])
+    # Dropped includes rows beyond max_examples_per_task, which nothing is wrong with.
     read = sum(counts["read"] for counts in ledger["tasks"].values())
     console.print(f"read {read:,} instances of {len(ledger['tasks'])} tasks; dropped {dropped.total():,}")
     for reason, count in dropped.most_common():

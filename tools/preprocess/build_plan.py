@@ -80,6 +80,7 @@ def packing_config(arguments: argparse.Namespace) -> "PackingConfig":
 def compact(number: float) -> str:
     """A number in three digits: 23.5M says more of an expected value than 23,514,208."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        # k from 10,000 on: people know caps such as 4,096 by their digits.
         if number >= 10 * size or (unit != "k" and number >= size):
             return f"{number / size:.3g}{unit}"
     return f"{number:,.0f}"
@@ -96,6 +97,7 @@ def print_expected(console: "Console", title: str, lines: "Sequence[Expected]") 
     table = Table(
         Column(title, overflow="fold", min_width=12), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
+    # Parts of the lines shown; each unit has its own, and the mixture's file names only one of them.
     totals = [
         sum(values) for values in zip(*((x.draws, x.tokens, x.target_tokens) for x in lines), strict=True)
     ]

@@ -38,6 +38,7 @@ def find(arguments: argparse.Namespace) -> None:
     from megatron_iml.data.contamination.search import Search, find_contamination
     from megatron_iml.data.progress import showing_progress
 
+    # The folder keeps what the search has written, or a killed one could not go on.
     search = Search(arguments.input, arguments.output, arguments.ngram, arguments.workers)
     with showing_progress("Comparing", "rows", arguments.log_interval) as meter:
         findings = find_contamination(search, meter.start, meter.advance)

@@ -102,6 +102,7 @@ def document_text(
 
 def show_document(console: "Console", corpus: "Corpus", arguments: argparse.Namespace) -> None:
     """Print every reference of a document."""
+    # Python's own -1 would be the last document, shown under a number that it has not.
     check_number("document", arguments.document, corpus.num_documents)
     tokenizer = load_tokenizer(arguments.tokenizer_model, corpus)
     for reference in range(corpus.num_references(arguments.document)):
@@ -217,6 +218,7 @@ def show(arguments: argparse.Namespace) -> int:
     from megatron_iml.data.plan.folder import Plan
     from megatron_iml.data.rows.loader import Loader
 
+    # Colours on a terminal, plain text in a pipe: rich tells the two apart.
     terminal = Console()
     # Columns of a table need room, and a pipe has no width.
     console = terminal if terminal.is_terminal else Console(width=max(160, terminal.width))
