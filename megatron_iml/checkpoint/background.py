@@ -87,6 +87,7 @@ class Writer(FileSystemWriterAsync):
             kind = "optimizer" if item.index.fqn.startswith("optimizer.") else "weights"
             data = planner.resolve_data(item)
             is_tensor = isinstance(data, torch.Tensor)
+            # Detached: staging copies outside of no_grad, where a parameter's copy would join a graph.
             kinds[kind][is_tensor].append((item, data.detach() if is_tensor else data))
         names = {kind: f"{kind}_{dist.get_rank():05d}.distcp" for kind in kinds}
         self.write_buckets = [
@@ -106,10 +107,9 @@ class Writer(FileSystemWriterAsync):
             dist.gather_object((results, files), reports)
             # After the gather: ranks that raised before it would leave rank 0 waiting.
             raise_agreed(error)
-            if reports is not None:
-                assert metadata is not None, "rank 0 has planned the whole checkpoint"
-                self.finish(metadata, [results for results, _ in reports])
-                heard.update({name: file for _, files in reports for name, file in files.items()})
+            # Agreed on as well: alone with an error rank 0 would leave the others in the barrier that
+            # megatron-core's own finalize function comes to.
+            on_rank_zero(lambda: self.describe(metadata, reports, heard))
 
         arguments = (dist.get_rank(), self.write_buckets, self.outcome)
         return AsyncRequest(
@@ -119,6 +119,14 @@ class Writer(FileSystemWriterAsync):
             # Called before the process is forked, which must not touch a GPU.
             preload_fn=self.staged_buckets if self.staging is not None else None,
         )
+
+    def describe(
+        self, metadata: Metadata | None, reports: list[Any] | None, heard: dict[str, StoredFile]
+    ) -> None:
+        """Rank 0: write `.metadata`, which says where every rank has put what; `heard` gets the digests."""
+        assert metadata is not None and reports is not None, "rank 0 has planned and gathered"
+        self.finish(metadata, [results for results, _ in reports])
+        heard.update({name: file for _, files in reports for name, file in files.items()})
 
     def staged_buckets(self) -> list[Bucket]:
         """The same with every tensor where the process that writes can read it, once its gate is open."""
@@ -135,6 +143,7 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
     """megatron-core's format and planning with `Writer` for the files."""
 
     def __init__(self, staging: Staging | None) -> None:
+        # What metadata.json is going to say, by which megatron-core finds the code that reads.
         super().__init__("torch_dist", 1)
         self.staging = staging
         self.gate: Gate | None = None
@@ -143,13 +152,16 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
         """Plan the save together with the other ranks; nothing is written yet."""
+        # True: of what replicas share, only what this rank has been chosen to write.
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         writer = Writer(checkpoint_dir, self.staging)
         self.gate = writer.outcome.gate
+        # Flat already; and with torch's own flattening rank 0 would have to plan for everybody.
         planner = MCoreSavePlanner(flatten_state_dict=False)
         planned, *_ = save_state_dict_async_plan(
             mcore_to_pyt_state_dict(by_key), writer, None, 0, planner=planner
         )
+        # (writer, metadata of the whole on rank 0 and None elsewhere, torch's groups)
         return writer.request(planned[1], self.files)
 
 
@@ -194,6 +206,7 @@ def _write_file(
             # Of a file torch wants `write` and `flush`.
             torch.save(data, cast(IO[bytes], stream))
         else:
+            # megatron-core has pickled objects into a BytesIO when it planned.
             stream.write(data.getbuffer())
         length = stream.tell() - start
         results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))

@@ -63,6 +63,7 @@ def load_run(folder: Path, engine: Engine) -> RunState:
             tensor.key = MASTER_PREFIX + tensor.key
     # Apart: in fp32 a master weight is the weight itself, and must not be filled twice in unknown order.
     _load_chunks(engine.chunks, dist_checkpointing.load(weights, str(folder)))
+    # The tensors in it are the optimizer's own, filled already; the dict brings step counts and loss scale.
     loaded = dist_checkpointing.load({"optimizer": state["optimizer"]}, str(folder))
     engine.optimizer.load_state_dict(loaded["optimizer"])
     return record.state

@@ -26,7 +26,9 @@ from megatron_iml.data.files import sha256_of, write_atomically
 
 FORMAT_VERSION = 2
 MARKER = "complete.json"
+# As Megatron-LM names them: seven digits at least, and step 10,000,000 has eight.
 COMPLETE_NAME = re.compile(r"iter_\d{7,}")
+# Heads are in no tensor's shape, but the rows of the fused projection are in their order.
 SHAPE_FIELDS = (
     "num_layers",
     "hidden_size",
@@ -124,8 +126,10 @@ def read_record(folder: Path) -> Record:
     damaged = ValueError(f"{marker} is damaged: go on from another checkpoint, or copy this one again")
     try:
         content = json.loads(marker.read_bytes())
+        # Format 1 had no digest: such a record is refused by its version below, not called damaged.
         version, digest = content.pop("format_version"), content.pop("sha256", None)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError):
+    # The last two: JSON, but no object.
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError):
         raise damaged from None
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -142,6 +146,7 @@ def read_record(folder: Path) -> Record:
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     named = [folder for folder in directory.glob("iter_*") if COMPLETE_NAME.fullmatch(folder.name)]
+    # By number: as a name iter_10000000 comes before iter_9999999.
     return sorted((folder for folder in named if (folder / MARKER).is_file()), key=step_of)
 
 

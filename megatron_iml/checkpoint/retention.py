@@ -26,6 +26,7 @@ def steps_to_keep(losses: Mapping[int, Mapping[str, float]], keep: CheckpointCon
         keep: the options keep_last, keep_every, keep_best and best_level.
     """
     steps = sorted(losses)
+    # The configuration's keep_last is 1 or more; a slice from -0 would be all of them.
     kept = set(steps[-keep.keep_last :])
     if keep.keep_every:
         kept |= {step for step in steps if step % keep.keep_every == 0}
@@ -63,21 +64,24 @@ def drop_old(directory: Path, keep: CheckpointConfig, remover: Remover) -> None:
         # Of another format version, or damaged: whatever it is, it is not this run's to remove.
         with suppress(ValueError):
             losses[step_of(folder)] = read_record(folder).validation
+    kept = steps_to_keep(losses, keep)
     for folder in complete_checkpoints(directory):
-        if (step := step_of(folder)) in losses and step not in steps_to_keep(losses, keep):
+        if (step := step_of(folder)) in losses and step not in kept:
             remover.remove(folder)
 
 
 def sweep(directory: Path) -> list[str]:
     """Delete what saves and removals that were killed have left; returns the folders' names."""
-    left = [folder for folder in sorted(directory.glob("iter_*")) if _is_debris(folder)]
+    left = [folder for folder in sorted(directory.glob("iter_*")) if folder.suffix in (PARTIAL, REMOVED)]
     for folder in left:
         # The last process of a run that was just killed may still put a file there; the next start gets it.
         shutil.rmtree(folder, ignore_errors=True)
     return [folder.name for folder in left]
 
 
-def _is_debris(folder: Path) -> bool:
-    if folder.suffix in (PARTIAL, REMOVED):
-        return True
-    return COMPLETE_NAME.fullmatch(folder.name) is not None and not (folder / MARKER).is_file()
+def strangers(directory: Path) -> list[str]:
+    """Names of folders that are called as a complete checkpoint is and have no record."""
+    # Never ours: those get their name by a rename, when the record is in them. Megatron-LM calls its own so,
+    # and a copy that is under way is one for a while. Deleting them would be deleting somebody's work.
+    found = [folder for folder in directory.glob("iter_*") if COMPLETE_NAME.fullmatch(folder.name)]
+    return sorted(folder.name for folder in found if not (folder / MARKER).is_file())

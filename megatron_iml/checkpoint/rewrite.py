@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_iml.data.files import HashingFile, sync_folder
+from megatron_iml.data.files import HashingFile, force_to_disk
 from megatron_iml.model.transformer_config import PRECISIONS
 from megatron_iml.training.optimizer import STATE_PREFIX
 
@@ -45,7 +45,7 @@ def rewrite(
         output: a folder that does not exist yet.
         precision: fp32, bf16 or fp16; None keeps the one it has.
         weights_only: leave the optimizer out: a start for other runs, not a state to go on from.
-        advance: hears the bytes of every chunk that was read.
+        advance: hears the bytes of every chunk, read or left out.
 
     Raises:
         FileNotFoundError: if the source is no complete checkpoint.
@@ -54,6 +54,7 @@ def rewrite(
     record = read_record(source)
     if output.exists():
         raise ValueError(f"{output} exists, and nothing is overwritten: name another --output, or remove it")
+    # The precision it has needs no rounding: its weights are what its master weights were rounded to.
     changed = precision not in (None, record.config["training"]["precision"])
     from_masters = changed and record.has_optimizer
     # Before an hour's work, and of all that is read: rewriting would give damage a good checksum.
@@ -66,14 +67,19 @@ def rewrite(
     files = _write_chunks(source, staging, dtype, from_masters, weights_only, advance)
     _write_common(source, staging, weights_only)
     for path in staging.iterdir():
-        files.setdefault(path.name, describe_file(path))
+        if path.name not in files:
+            force_to_disk(path)
+            files[path.name] = describe_file(path)
+    # A copy: `record` goes on describing the source.
     config = dict(record.config)
     if precision is not None:
         config["training"] = config["training"] | {"precision": precision}
     written = replace(record, config=config, files=files, versions=versions(), saved_at=now())
     write_record(staging, written)
-    sync_folder(staging)
+    # Entries before the rename, the rename before anybody is told.
+    force_to_disk(staging)
     staging.rename(output)
+    force_to_disk(output.parent)
     return written
 
 
@@ -90,31 +96,42 @@ def _write_chunks(
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     files: dict[str, HashingFile] = {}
-    for index, raw in _chunks(source, old):
-        advance(len(raw))
+    for index, place in _in_order(old):
+        # What is left out too: a progress bar counts what the source holds.
+        advance(place.length)
+        # Neither wanted nor rounded from: it need not even be there.
+        if weights_only and not from_masters and index.fqn.startswith(STATE_PREFIX):
+            continue
+        raw = _read(source, place)
         entry = old.state_dict_metadata[index.fqn]
         for name, archive in _rewritten(index.fqn, entry, raw, dtype, from_masters):
             is_state = name.startswith(STATE_PREFIX)
             if is_state and weights_only:
                 continue
+            # One process, so one file of each kind, whoever wrote the source.
             file_name = f"{'optimizer' if is_state else 'weights'}_00000.distcp"
+            # setdefault alone would open, and so empty, the file for every chunk.
             file = files.get(file_name) or files.setdefault(file_name, HashingFile(staging / file_name))
+            # A weight made from a master lies where that one lay: only the name changes.
             places[replace(index, fqn=name)] = _StorageInfo(file_name, file.tell(), len(archive))
             file.write(archive)
             entries[name] = _entry(entry, name, dtype)
     metadata = Metadata(entries, storage_data=places, storage_meta=old.storage_meta, version=old.version)
+    # As torch's own writer does; its reader unpickles the whole of it.
     (staging / ".metadata").write_bytes(pickle.dumps(metadata))
     sizes = {name: file.tell() for name, file in files.items()}
     return {name: StoredFile(sizes[name], file.close()) for name, file in files.items()}
 
 
-def _chunks(source: Path, metadata: Metadata) -> Iterator[tuple[MetadataIndex, bytes]]:
-    """Every stored chunk, in the order of files and places, so that disks read on."""
-    stored = sorted(metadata.storage_data.items(), key=lambda one: (one[1].relative_path, one[1].offset))
-    for index, place in stored:
-        with (source / place.relative_path).open("rb") as file:
-            file.seek(place.offset)
-            yield index, file.read(place.length)
+def _in_order(metadata: Metadata) -> list[tuple[MetadataIndex, _StorageInfo]]:
+    """Every stored chunk, by files and places in them, so that disks read on."""
+    return sorted(metadata.storage_data.items(), key=lambda one: (one[1].relative_path, one[1].offset))
+
+
+def _read(source: Path, place: _StorageInfo) -> bytes:
+    with (source / place.relative_path).open("rb") as file:
+        file.seek(place.offset)
+        return file.read(place.length)
 
 
 def _rewritten(
@@ -144,6 +161,7 @@ def _write_common(source: Path, staging: Path, weights_only: bool) -> None:
     """megatron-core's own small files; the optimizer's step counts lie in common.pt."""
     shutil.copyfile(source / "metadata.json", staging / "metadata.json")
     common = torch.load(source / "common.pt", weights_only=False)
+    # Step counts and loss scale belong to moments that are not there.
     if weights_only:
         common.pop("optimizer", None)
     torch.save(common, staging / "common.pt")

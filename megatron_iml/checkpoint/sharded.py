@@ -48,7 +48,7 @@ def sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:
 
 
 def owned_bytes(state: dict[str, Any], data_rank: int) -> int:
-    """Bytes that this rank adds to a checkpoint: its optimizer state, and one copy of the weights."""
+    """Bytes that this rank adds to a checkpoint at most: its optimizer state, and one copy of the weights."""
     return sum(
         tensor.data.nbytes
         for tensor in sharded_tensors(state)

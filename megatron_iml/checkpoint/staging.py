@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# The device's own allocator aligns to as much.
 ALIGNMENT = 256
+# The smallest page there is; where pages are larger, some are touched more than once.
 PAGE_BYTES = 4096
 TOUCHING_THREADS = 8
 
@@ -43,12 +45,14 @@ class Gate:
         """Called there: True when it is opened, False if that will never be."""
         # Else this process would keep its own pipe from ending.
         self.close()
+        # Half a second, in milliseconds: how long a process may stay behind when its run was killed.
         poll = select.poll()
         poll.register(self.waits, select.POLLIN)
         while not poll.poll(500):
             # Another child of a run that died may still hold the other end.
             if os.getppid() != self.owner:
                 return False
+        # Nothing to read is the end of the pipe: nobody holds the other end open any more.
         return os.read(self.waits, 1) == b"1"
 
     def close(self) -> None:
@@ -59,6 +63,7 @@ class Gate:
 
     def __del__(self) -> None:
         self.close()
+        # Not before: `open` must not meet a broken pipe where the process that waits has died.
         os.close(self.waits)
 
 
@@ -118,6 +123,7 @@ class Staging:
         """Start copying what was placed; `gate` is opened by `settle`, or now if there is nothing to copy."""
         self.gate = gate
         # A run that fails before its next update ends, and so must the process that it waits for at exit.
+        # multiprocessing waits in an exit function too: registered earlier, it comes after this one.
         atexit.register(gate.close)
         if not self.copies:
             self.settle()

@@ -31,12 +31,13 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
 from megatron_iml.config import CheckpointConfig, Config
-from megatron_iml.data.files import sync_folder, write_atomically
+from megatron_iml.data.files import force_to_disk, write_atomically
 from megatron_iml.training.agree import agreed_failure
 from megatron_iml.training.engine import Engine
 
 from .background import SaveFailed, SaveStrategy, on_rank_zero
 from .record import (
+    MARKER,
     Record,
     RunState,
     StoredFile,
@@ -46,12 +47,15 @@ from .record import (
     step_of,
     write_record,
 )
-from .retention import PARTIAL, Remover, drop_old, sweep
+from .retention import PARTIAL, Remover, drop_old, strangers, sweep
 from .sharded import master_weights_problem, owned_bytes, sharded_state, sharded_tensors, sharding
 from .staging import Staging
 from .versions import versions
 
 LATEST = "latest_checkpointed_iteration.txt"
+"""Under Megatron-LM's name: for people and other tools, nothing here reads it."""
+PROBE_BYTES = 1 << 16
+"""More than common.pt has, whatever the model: step counts and settings, no tensors."""
 
 
 @dataclass
@@ -84,20 +88,27 @@ class CheckpointStore:
 
     def tidy(self) -> list[str]:
         """Once, before training: delete what runs that died have left, and point to the newest checkpoint."""
-        removed: list[list[str]] = [[]]
+        lines: list[str] = []
         if dist.get_rank() == 0:
-            removed = [sweep(self.directory)]
+            if removed := sweep(self.directory):
+                lines.append(f"removed what a run that died has left: {', '.join(removed)}")
+            if unknown := strangers(self.directory):
+                lines.append(
+                    f"left alone: {', '.join(unknown)} in {self.directory}, without {MARKER}; a save of such "
+                    "a step will be refused: move them"
+                )
             if found := complete_checkpoints(self.directory):
                 # A run can die between the checkpoint and the pointer to it.
                 write_atomically(self.directory / LATEST, str(step_of(found[-1])).encode())
-        dist.broadcast_object_list(removed, src=0)
-        names = removed[0]
-        return [f"removed what a run that died has left: {', '.join(names)}"] if names else []
+        said = [lines]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
 
     def reserve(self, engine: Engine) -> None:
         """Get the host memory that background saves copy a device's state to; seconds, which no save then
         takes."""
         tensors = sharded_tensors(sharded_state(engine, is_loading=False))
+        # All ranks have one kind of device, so they agree on whether the collective below comes.
         copies = any(self.staging.must_copy(tensor.data) for tensor in tensors)
         if not self.options.asynchronous or not copies:
             return
@@ -137,6 +148,7 @@ class CheckpointStore:
             SaveFailed: if the last save of the run is not there: nobody will try again.
         """
         self._attempt(lambda: self._finish(blocking=True))
+        # A failure that a later save has made good is forgotten by then.
         if self.failure is not None:
             raise self.failure
         return self._said()
@@ -149,10 +161,12 @@ class CheckpointStore:
         """Run; forgive a first failure. Every rank has heard of it, so that all of them do the same."""
         try:
             action()
-        except SaveFailed as failure:
+        except SaveFailed as error:
+            # A write that is refused names no file.
+            failure = SaveFailed(f"{error}; in {self.directory}")
             self._discard()
             if self.failure is not None:
-                raise
+                raise failure from error
             self.failure = failure
             self.lines.append(f"  NOT SAVED: {failure}; training goes on, another failure would end it")
 
@@ -170,6 +184,7 @@ class CheckpointStore:
 
     def _begin(self, engine: Engine, state: RunState, validation: Mapping[str, float]) -> None:
         began = time.perf_counter()
+        # With an overlapped gather the weights of the last update arrive with the next forward only.
         engine.gather_weights()
         tensors = sharded_state(engine, is_loading=False)
         # Agreed on, since a rank that stopped alone would leave the others waiting for the timeout.
@@ -178,11 +193,13 @@ class CheckpointStore:
         if problem is not None:
             raise RuntimeError(problem)
         self.under_way = save = self._open(state, validation, began)
+        # On the device: NCCL sums nothing else.
         needed = torch.tensor([owned_bytes(tensors, engine.layout.data_rank)], device=engine.layout.device)
         # The sum of all ranks: they share one disk, and only rank 0 looks at it.
         dist.all_reduce(needed)
         on_rank_zero(lambda: self._make_room(save, int(needed.item())))
         strategy = SaveStrategy(self.staging if self.options.asynchronous else None)
+        # A request in either mode: what is to be done at its end is then said in one place.
         request = dist_checkpointing.save(
             tensors,
             str(save.staging),
@@ -206,6 +223,7 @@ class CheckpointStore:
         name = f"iter_{state.step:07d}"
         # What a killed run's last process may still be writing has another name, so it meets nobody.
         staging = [f"{name}.{time.time_ns():x}{PARTIAL}"]
+        # Clocks differ between ranks.
         dist.broadcast_object_list(staging, src=0)
         return Save(self.directory / name, self.directory / staging[0], state, validation, began)
 
@@ -221,12 +239,18 @@ class CheckpointStore:
                 f"step {save.state.step} needs {needed / 1e9:.3f} GB, {self.directory} has "
                 f"{free / 1e9:.3f} GB free: make room, or lower checkpoint.keep_last"
             )
+        # A quota is not in what is free. megatron-core writes its first file on rank 0 alone: refused there,
+        # it would leave the others waiting for rank 0 to plan with them.
+        probe = save.staging / "probe"
+        write_atomically(probe, bytes(PROBE_BYTES))
+        probe.unlink()
 
     def _complete(self, save: Save, config: Config, files: dict[str, StoredFile]) -> None:
         """Runs on every rank after megatron-core's own metadata is written."""
         on_rank_zero(lambda: self._name(save, config, files))
         self.under_way = self.failure = None
         seconds = time.perf_counter() - save.began
+        # A save that is waited for comes here before `_begin` has counted: all of it was waiting.
         self.lines.append(
             f"  saved {save.folder} in {seconds:.1f} s, of which training waited {save.waited_seconds:.2f} s"
             if save.waited_seconds
@@ -235,8 +259,10 @@ class CheckpointStore:
 
     def _name(self, save: Save, config: Config, files: dict[str, StoredFile]) -> None:
         """Rank 0, when every file is on the disk: mark complete, name, point to it, drop old ones."""
-        # megatron-core's small files, whose digests nobody has computed while writing.
+        # megatron-core's small files, which nobody has forced to the disk or computed digests of.
         others = [path for path in sorted(save.staging.iterdir()) if path.name not in files]
+        for path in others:
+            force_to_disk(path)
         record = Record(
             state=save.state,
             config=asdict(config),
@@ -248,10 +274,11 @@ class CheckpointStore:
         )
         write_record(save.staging, record)
         # Entries before the rename, the rename before the pointer: each step outlives a power cut.
-        sync_folder(save.staging)
+        force_to_disk(save.staging)
         save.staging.rename(save.folder)
-        sync_folder(self.directory)
+        force_to_disk(self.directory)
         write_atomically(self.directory / LATEST, str(save.state.step).encode())
+        # Last, so that there is always one more than asked for, never one less.
         drop_old(self.directory, self.options, self.remover)
 
 

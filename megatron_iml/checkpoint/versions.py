@@ -8,4 +8,5 @@ import torch
 
 def versions() -> dict[str, str]:
     """Name -> version."""
+    # From the installed package: megatron.core takes seconds to import, and a conversion needs none of it.
     return {"python": python_version(), "torch": torch.__version__, "megatron_core": version("megatron-core")}

@@ -40,6 +40,7 @@ def fill_weights(folder: Path, chunks: Sequence[OPTModel], model: ModelConfig, l
 
 def fill_from_source(folder: Path, chunks: Sequence[OPTModel], model: ModelConfig, layout: Layout) -> None:
     """Fill the parameters of this rank's stage from another format, one tensor at a time. No collective."""
+    # Our own number of heads: files of metaseq's need not say theirs, and they were compared where they do.
     source = open_source(folder, model.num_attention_heads)
     theirs = parameters(source.model)
     for name, parameter in named_global_parameters(chunks):

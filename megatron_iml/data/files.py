@@ -22,9 +22,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def sync_folder(folder: Path) -> None:
-    """Force the folder's entries to disk: a rename in it outlives a power cut from here on."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def force_to_disk(path: Path) -> None:
+    """Have a file's content, or a folder's entries, outlive a power cut from here on."""
+    # Reading is enough: what is forced is what the system holds, whoever has written it.
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -91,6 +91,16 @@ def test_reshard_says_which_layouts_load(saved: Path, capsys: pytest.CaptureFixt
     assert "world size: got 3; allowed: a multiple of" in capsys.readouterr().err
 
 
+def test_reshard_says_that_weights_alone_are_a_start(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reshard, output = command("reshard"), str(tmp_path / "weights")
+    assert reshard.main(["write", str(saved / "iter_0000002"), "--output", output, "--weights-only"]) == 0
+    capsys.readouterr()
+    assert reshard.main(["check", output, "--world-size", "1"]) == 0
+    assert "no optimizer state: a start (checkpoint.initial_weights)" in capsys.readouterr().out
+
+
 def test_reshard_writes_what_was_asked(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

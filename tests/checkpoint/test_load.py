@@ -6,8 +6,9 @@ import pytest
 import runs
 import torch
 
+from megatron_iml.checkpoint import load
 from megatron_iml.checkpoint.load import check_share_of_files, load_run, load_weights
-from megatron_iml.checkpoint.record import read_record
+from megatron_iml.checkpoint.record import Record, StoredFile, read_record
 from megatron_iml.model.initialise import initialise
 from megatron_iml.model.transformer_config import PRECISIONS
 from megatron_iml.training.engine import Engine
@@ -69,6 +70,21 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
         "is a model of another size: num_layers 4 here, 2 there; hidden_size 128 here, 64 there; "
         "ffn_hidden_size 512 here, 256 there. Set the model section"
     ) in str(caught.value)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 9])
+def test_ranks_together_verify_every_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    files = {f"{kind}_{rank:05d}.distcp" for kind in ("weights", "optimizer") for rank in range(3)}
+    record = Record(runs.state_at(1), {}, 3, {}, {}, "", dict.fromkeys(files, StoredFile(1, "")))
+    read: list[str] = []
+    monkeypatch.setattr(load, "check_files", lambda folder, files: read.extend(files))
+    monkeypatch.setattr(load.dist, "get_world_size", lambda: ranks)
+    for rank in range(ranks):
+        monkeypatch.setattr(load.dist, "get_rank", lambda rank=rank: rank)
+        check_share_of_files(tmp_path, record, weights_only=False)
+    assert sorted(read) == sorted(files)
 
 
 @pytest.mark.parametrize(("name", "weights_only"), [("weights", True), ("optimizer", False)])

@@ -69,6 +69,13 @@ def test_a_flipped_bit_in_the_record_is_found(tmp_path: Path) -> None:
             read_record(marker.parent)
 
 
+@pytest.mark.parametrize("content", ["[]", "3", '"text"', "{}", ""])
+def test_a_record_that_is_none_is_damaged(tmp_path: Path, content: str) -> None:
+    (tmp_path / "complete.json").write_text(content)
+    with pytest.raises(ValueError, match="is damaged: go on from another checkpoint"):
+        read_record(tmp_path)
+
+
 def test_another_formats_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "complete.json").write_text(json.dumps({"format_version": 1, "state": {}}))
     with pytest.raises(ValueError, match="has checkpoint format 1, this version reads 2"):

@@ -67,10 +67,11 @@ def test_a_removed_checkpoint_is_hidden_before_it_is_deleted(tmp_path: Path) -> 
 def test_sweeping_takes_debris_and_nothing_else(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 10)
     write_checkpoint(tmp_path, 20).rename(tmp_path / "iter_0000020.1f3a.partial")
+    # As a copy under way, or Megatron-LM's own.
     (write_checkpoint(tmp_path, 30) / "complete.json").unlink()
     others = ("iter_notes", "latest_checkpointed_iteration.txt")
     for name in others:
         (tmp_path / name).mkdir()
-    assert sweep(tmp_path) == ["iter_0000020.1f3a.partial", "iter_0000030"]
-    assert {path.name for path in tmp_path.iterdir()} == {"iter_0000010", *others}
+    assert sweep(tmp_path) == ["iter_0000020.1f3a.partial"]
+    assert {path.name for path in tmp_path.iterdir()} == {"iter_0000010", "iter_0000030", *others}
     assert sweep(tmp_path) == [] and sweep(tmp_path / "not there") == []

@@ -1,6 +1,7 @@
 """Checkpoints of one rank: complete or absent, kept or dropped, and what a refusing disk does to a run."""
 
 import dataclasses
+import os
 import resource
 import shutil
 from collections.abc import Iterator
@@ -87,6 +88,23 @@ def test_what_a_checkpoint_carries(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*.partial")) == []
 
 
+def test_every_file_is_forced_to_the_disk_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, forced, sync = tmp_path / "iter_0000001", set(), os.fsync
+
+    def noted(descriptor: int) -> None:
+        if not folder.exists():
+            forced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with runs.alone(runs.run_config(num_layers=2)) as engine:
+        CheckpointStore(tmp_path, in_foreground()).save(engine, runs.state_at(1), {})
+    late = [path.name for path in [folder, *folder.iterdir()] if path.stat().st_ino not in forced]
+    assert late == []
+
+
 def test_old_ones_go_when_a_new_one_is_complete(tmp_path: Path) -> None:
     with runs.alone(runs.run_config(num_layers=2)) as engine:
         store = CheckpointStore(tmp_path, in_foreground(keep_last=1, keep_best=1))
@@ -105,6 +123,9 @@ def test_a_start_clears_debris_and_mends_the_pointer(tmp_path: Path) -> None:
         assert store.tidy() == ["removed what a run that died has left: iter_0000004.1f.partial"]
         assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
         assert store.tidy() == []
+        (tmp_path / "iter_0000005").mkdir()
+        (said,) = store.tidy()
+        assert said.startswith("left alone: iter_0000005 in") and (tmp_path / "iter_0000005").is_dir()
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -139,6 +160,33 @@ def test_a_full_disk_is_said_and_training_goes_on(tmp_path: Path, asynchronous: 
         assert "saved" in store.wait()[-1] if asynchronous else store.wait() == []
     store.remover.thread.shutdown()
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000001", "iter_0000003"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_refused_first_file_is_said(tmp_path: Path, asynchronous: bool) -> None:
+    """As under a quota, which is not in the free space that is looked at."""
+    with runs.alone(runs.run_config(num_layers=2)) as engine, files_limited_to(100):
+        store = CheckpointStore(tmp_path, CheckpointConfig(asynchronous=asynchronous))
+        (said,) = store.save(engine, runs.state_at(1), {})
+    assert f"NOT SAVED: [Errno 27] File too large; in {tmp_path}; training goes on" in said
+    store.remover.thread.shutdown()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_description_is_said(tmp_path: Path) -> None:
+    """The writing process has its files whole, and then rank 0 cannot write what lies where."""
+    with runs.alone(runs.run_config(num_layers=2)) as engine:
+        store = CheckpointStore(tmp_path, CheckpointConfig())
+        store.save(engine, runs.state_at(1), {})
+        with files_limited_to(100):
+            while not (said := store.poll()):
+                pass
+        assert "NOT SAVED: [Errno 27] File too large" in said[0]
+        store.save(engine, runs.state_at(2), {})
+        assert "saved" in store.wait()[0]
+    store.remover.thread.shutdown()
+    assert complete_checkpoints(tmp_path) == [tmp_path / "iter_0000002"]
+    assert [path.name for path in tmp_path.glob("*.partial*")] == []
 
 
 def test_two_failures_in_a_row_end_the_run_and_so_does_the_last(tmp_path: Path) -> None:
