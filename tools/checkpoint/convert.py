@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_iml.command import run_command
+from megatron_iml.command import at_least_one, run_command
 
 if TYPE_CHECKING:
     from megatron_iml.checkpoint.conversion.source import Source
@@ -32,32 +32,42 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--dtype", choices=("fp32", "fp16", "bf16"), help="round to it (default: keep every bit)"
     )
     common.add_argument("--vocab-size", type=int, help="embedding rows: zeros are added, or rows cut off")
-    common.add_argument("--num-attention-heads", type=int, help="for metaseq files of an unpublished size")
+    common.add_argument(
+        "--num-attention-heads", type=at_least_one, help="for metaseq files of an unpublished size"
+    )
     common.add_argument("--verify", action="store_true", help="compare logits before the output appears")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     forms = parser.add_subparsers(dest="form", required=True, metavar="FORMAT")
-    native = forms.add_parser("native", parents=[common], help="megatron-core's distributed format")
-    native.add_argument(
+    # A parent, not an option of all: metaseq's files have no place for it.
+    prefix = argparse.ArgumentParser(add_help=False)
+    prefix.add_argument(
         "--inference-prefix",
         choices=("none", "eos"),
-        help="token before prompts: eos for base OPT, none for tuned models (default: as the input says)",
+        help="token before prompts: eos for base OPT, none for tuned models (default: as the input says); a "
+        "Hugging Face folder says it with --tokenizer only",
     )
-    hugging_face = forms.add_parser("hugging-face", parents=[common], help="a folder for transformers")
+    forms.add_parser("native", parents=[common, prefix], help="megatron-core's distributed format")
+    hugging_face = forms.add_parser(
+        "hugging-face", parents=[common, prefix], help="a folder for transformers"
+    )
     hugging_face.add_argument("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, to add")
     hugging_face.add_argument("--container", choices=("safetensors", "bin"), default="safetensors")
     hugging_face.add_argument(
-        "--max-shard-bytes", type=int, default=5_000_000_000, help="per file (default: %(default)s)"
+        "--max-shard-bytes", type=at_least_one, default=5_000_000_000, help="per file (default: %(default)s)"
     )
     metaseq = forms.add_parser("metaseq", parents=[common], help="singleton, parts, or training files")
-    metaseq.add_argument("--parts", type=int, default=1, help="tensor-parallel parts (default: %(default)s)")
-    metaseq.add_argument("--shards", type=int, help="flatten, and cut each part into so many files")
+    metaseq.add_argument(
+        "--parts", type=at_least_one, default=1, help="tensor-parallel parts (default: %(default)s)"
+    )
+    metaseq.add_argument("--shards", type=at_least_one, help="flatten, and cut each part into so many files")
     return parser.parse_args(arguments)
 
 
 def plan(arguments: argparse.Namespace, source: "Source") -> "Target":
     """The target that the command line asks for."""
+    # Late, here and below: torch takes a second, and `--help` needs none of it.
     from dataclasses import replace
 
     from megatron_iml.checkpoint.conversion.convert import types_of
@@ -69,6 +79,7 @@ def plan(arguments: argparse.Namespace, source: "Source") -> "Target":
     from megatron_iml.checkpoint.conversion.targets.metaseq import metaseq_target
     from megatron_iml.checkpoint.conversion.targets.native import native_target
 
+    # Before the vocabulary is changed: types are the source's, tensor by tensor.
     types = types_of(source, dtype_of(arguments))
     model = replace(source.model, vocab_size=vocabulary(source, arguments.form, arguments.vocab_size))
     if arguments.form == "native":
@@ -76,11 +87,17 @@ def plan(arguments: argparse.Namespace, source: "Source") -> "Target":
         return native_target(replace(model, inference_prefix=prefix), types)
     if arguments.form == "metaseq":
         return metaseq_target(model, types, arguments.parts, arguments.shards)
+    if arguments.inference_prefix and not arguments.tokenizer:
+        raise ValueError(
+            f"--inference-prefix: got {arguments.inference_prefix} without --tokenizer, whose settings are "
+            "the only place for it in a Hugging Face folder; add --tokenizer, or leave it out"
+        )
     options = HuggingFaceOptions(
         container=arguments.container,
         max_shard_bytes=arguments.max_shard_bytes,
         tokenizer=arguments.tokenizer,
-        prefix=inference_prefix(source, None) if arguments.tokenizer else "none",
+        # Without a tokenizer nothing is written that could say it.
+        prefix=inference_prefix(source, arguments.inference_prefix) if arguments.tokenizer else "none",
     )
     return hugging_face_target(model, types, options)
 
@@ -105,8 +122,10 @@ def run(arguments: argparse.Namespace) -> str:
     source = open_source(arguments.input, arguments.num_attention_heads)
     target, dtype = plan(arguments, source), dtype_of(arguments)
     total = total_bytes(source, target, dtype)
+    # The bar on one stream, the result on the other: a script reads the latter.
     console = Console(stderr=True)
     columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    # The first two are the text and the bar.
     columns = (*Progress.get_default_columns()[:2], *columns)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(f"{source.kind} to {target.kind}", total=total)

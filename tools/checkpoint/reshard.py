@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_iml.command import run_command
+from megatron_iml.command import at_least_one, run_command
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -26,10 +26,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="whether a layout can load it, and what each rank reads")
     check.add_argument("checkpoint", type=Path, help="iter_XXXXXXX")
-    check.add_argument("--world-size", type=int, required=True, help="ranks")
-    check.add_argument("--tensor", type=int, default=1, help="tensor parallel size (default: %(default)s)")
-    check.add_argument("--pipeline", type=int, default=1, help="pipeline stages (default: %(default)s)")
-    check.add_argument("--chunks", type=int, help="model chunks per stage, for an interleaved pipeline")
+    check.add_argument("--world-size", type=at_least_one, required=True, help="ranks")
+    check.add_argument(
+        "--tensor", type=at_least_one, default=1, help="tensor parallel size (default: %(default)s)"
+    )
+    check.add_argument(
+        "--pipeline", type=at_least_one, default=1, help="pipeline stages (default: %(default)s)"
+    )
+    check.add_argument(
+        "--chunks", type=at_least_one, help="model chunks per stage, for an interleaved pipeline"
+    )
     write = commands.add_parser("write", help="another precision, or the weights alone")
     write.add_argument("checkpoint", type=Path, help="iter_XXXXXXX")
     write.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
@@ -48,6 +54,7 @@ def check_target(arguments: argparse.Namespace) -> None:
     from megatron_iml.config.convert import convert
 
     record = read_record(arguments.checkpoint)
+    # As the run's own file is read: a record of another version's fields is refused by name.
     config: Config = convert(record.config, Config, "")
     parallel = ParallelConfig(
         tensor_model_parallel_size=arguments.tensor,
@@ -60,10 +67,16 @@ def check_target(arguments: argparse.Namespace) -> None:
     shards = arguments.tensor * arguments.pipeline
     data = arguments.world_size // shards
     parameters = parameter_count(config.model)
+    # A master weight and two moments in fp32, each on one rank; weights are on every data rank.
+    state = (
+        f"{12 * parameters / arguments.world_size / 1e9:.3f} GB of optimizer state"
+        if record.has_optimizer
+        else "no optimizer state: a start (checkpoint.initial_weights), not a run to go on with"
+    )
     print(
         f"loads: tensor {arguments.tensor} x pipeline {arguments.pipeline} x data {data}; a rank reads about "
         f"{bytes_of_a_weight(config.training.precision) * parameters / shards / 1e9:.3f} GB of weights and "
-        f"{12 * parameters / arguments.world_size / 1e9:.3f} GB of optimizer state"
+        f"{state}"
     )
 
 
@@ -79,6 +92,7 @@ def write_anew(arguments: argparse.Namespace) -> None:
     from megatron_iml.checkpoint.record import read_record
     from megatron_iml.checkpoint.rewrite import rewrite
 
+    # It would write a copy, and who asks for that hopes for another layout.
     if arguments.precision is None and not arguments.weights_only:
         raise ValueError(
             "write: got neither --precision nor --weights-only; allowed: one of them or both; for another "

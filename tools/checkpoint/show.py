@@ -38,6 +38,7 @@ def show(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.folder
     # A log file gets whole lines at any width.
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    # By its record, not by its name: a checkpoint may have been copied to any.
     single = (folder / MARKER).is_file()
     folders = [folder] if single else complete_checkpoints(folder)
     if not folders:
@@ -74,7 +75,8 @@ def description(folder: Path, record: "Record") -> "Table":
     from rich.table import Table
 
     parallel, training = record.config["parallel"], record.config["training"]
-    sizes = {name: parallel[f"{name}_model_parallel_size"] or 1 for name in ("tensor", "pipeline")}
+    sizes = {name: parallel[f"{name}_model_parallel_size"] for name in ("tensor", "pipeline")}
+    # None where the pipeline is not interleaved: a stage is one chunk then.
     chunks = parallel["virtual_pipeline_model_parallel_size"] or 1
     data = record.world_size // (sizes["tensor"] * sizes["pipeline"])
     model = record.config["model"]
@@ -109,6 +111,7 @@ def tensors(folder: Path) -> "Table":
 
     table = Table("tensor", "type", "shape", "pieces", box=None)
     for name, entry in sorted(FileSystemReader(str(folder)).read_metadata().state_dict_metadata.items()):
+        # Beside tensors lie the extra states of linear layers, which are empty.
         if isinstance(entry, TensorStorageMetadata):
             dtype = str(entry.properties.dtype).removeprefix("torch.")
             table.add_row(name, dtype, str(list(entry.size)), str(len(entry.chunks)))

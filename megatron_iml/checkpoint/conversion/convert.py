@@ -89,6 +89,7 @@ def plan_bytes(parameter: Parameter, source: Source, dtype: torch.dtype | None) 
 
 def _request(source: Source, target: Target, dtype: torch.dtype | None) -> dict[str, Any]:
     """What a conversion is; equal requests write equal bytes."""
+    # Lists, for it is compared with what a journal in JSON gives back: a tuple would never be equal.
     # Size and time of change, not a digest: reading 349 GB twice would double the conversion.
     files = {
         str(file): [file.stat().st_size, file.stat().st_mtime_ns]

@@ -16,9 +16,10 @@ from .source import Source
 
 def is_foreign(path: Path) -> bool:
     """Whether it holds weights of another format than ours, by config.json or metaseq's files."""
+    # A lone file can only be metaseq's: the other two are folders.
     if path.is_file() or (path / "config.json").is_file():
         return True
-    # Ours has one such file too.
+    # Ours has one such file too, written by megatron-core.
     return any(file.name != "common.pt" for file in path.glob("*.pt"))
 
 

@@ -38,6 +38,7 @@ class Row:
 def _layer(
     ours: str, hugging_face: Sequence[str], metaseq: str, shape: tuple[str, ...], cut: int | None = None
 ) -> Row:
+    # In all three formats.
     begin = "decoder.layers.*."
     return Row(begin + ours, tuple(begin + name for name in hugging_face), begin + metaseq, shape, cut)
 
@@ -82,6 +83,8 @@ TABLE: tuple[Row, ...] = (
         0,
     ),
     _layer("self_attention.linear_qkv.bias", _qkv("bias"), "self_attn.qkv_proj.bias", ("qkv",), 0),
+    # Row-parallel, as fc2: each part has some inputs of every output, so columns are cut. The bias is added
+    # once, after the parts are summed, and is whole in each.
     _layer(
         "self_attention.linear_proj.weight",
         ["self_attn.out_proj.weight"],
@@ -141,6 +144,7 @@ def parameters(model: ModelConfig) -> dict[str, Parameter]:
 def _sizes(model: ModelConfig) -> dict[str, int]:
     return {
         "vocab": model.vocab_size,
+        # Rows 0 and 1 are in every format and never looked up: the first position is row 2.
         "positions": model.max_position_embeddings + POSITION_OFFSET,
         "hidden": model.hidden_size,
         "qkv": 3 * model.hidden_size,
@@ -149,6 +153,7 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
 
 
 def _fill(row: Row, layer: int | None, model: ModelConfig) -> Parameter:
+    # "None" outside of layers, whose names have no star for it to replace.
     number, sizes = str(layer), _sizes(model)
     return Parameter(
         name=row.ours.replace("*", number),
@@ -176,6 +181,7 @@ def split_qkv(fused: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def from_metaseq_qkv(part: Tensor, head_dim: int) -> Tensor:
     """One part's projection, whose rows are key, value, query despite its name, in our order."""
+    # Thirds, for a part holds as many heads of each.
     key, value, query = part.chunk(3)
     return fuse_qkv((query, key, value), head_dim)
 

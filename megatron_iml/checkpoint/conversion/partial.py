@@ -63,7 +63,7 @@ class PartialFolder:
             if not self._take_up(request):
                 self._lay_out(request)
             self._files = {name: _open(self.folder / name, os.O_RDWR, opened) for name in files}
-            # One thread, which forces a group to disk while the next one is read.
+            # Forces a group to disk while the next one is read; one thread, so that the journal is in order.
             self._syncer = opened.enter_context(ThreadPoolExecutor(1))
             self._syncing: Future[None] | None = None
             # From here on all this is closed by `__exit__`.
@@ -145,8 +145,9 @@ class PartialFolder:
 
     def reveal(self) -> None:
         """Give the folder its name; from here on it exists."""
+        # The lock is the folder itself, opened: its entries.
         os.fsync(self._lock)
-        # Fails, as it should, if somebody has made a folder of that name meanwhile.
+        # Fails, as it should, if somebody has filled a folder of that name meanwhile; replaces an empty one.
         self.folder.rename(self.output)
         parent = os.open(self.folder.parent, os.O_RDONLY)
         os.fsync(parent)

@@ -69,12 +69,26 @@ def check_complete(
             f"{where} has {_some(extra)}, which no OPT of this size has: it is another variant, or files of "
             "two models are mixed"
         )
+    # The same names on both sides from here on.
     wrong = [name for name in expected if found[name] != expected[name]]
     if wrong:
         name = wrong[0]
         raise ValueError(
             f"{where}: tensor {name} has shape {found[name]}, allowed: {expected[name]} "
             f"({len(wrong)} tensors have a wrong shape); the file or its configuration is not this model's"
+        )
+
+
+def check_heads(where: str, model: ModelConfig) -> None:
+    """Heads of equal size, before rows are sorted by them.
+
+    Raises:
+        ValueError: if they do not divide the width.
+    """
+    if model.num_attention_heads < 1 or model.hidden_size % model.num_attention_heads:
+        raise ValueError(
+            f"{where}: got {model.num_attention_heads} attention heads for a width of {model.hidden_size}; "
+            "allowed: a divisor of it; correct the configuration, or --num-attention-heads"
         )
 
 

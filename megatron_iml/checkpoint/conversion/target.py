@@ -56,6 +56,7 @@ def vocabulary(source: Source, form: str, asked: int | None) -> int:
         if asked < 1:
             raise ValueError(f"--vocab-size: got {asked}; allowed: 1 or more, the source has {rows}")
         return asked
+    # Ours are what tensor parallelism cuts; rows added elsewhere would be a difference nobody asked for.
     return -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if form == "native" else rows
 
 

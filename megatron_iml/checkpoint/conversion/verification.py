@@ -73,6 +73,7 @@ def verifier(source: Source, dtype: torch.dtype | None) -> Callable[[Path], None
     """A check of a converted folder against its source: exact, or within what rounding to `dtype` may do."""
 
     def verify(folder: Path) -> None:
+        """Raise if the folder's logits are not the source's."""
         converted = open_source(folder, source.model.num_attention_heads)
         # Errors of half an ulp, gathered over a few dozen layers; a swapped tensor gives differences of 1.
         tolerance = 0.0 if dtype is None else 32 * torch.finfo(dtype).eps
@@ -88,6 +89,7 @@ def logits(source: Source, tokens_ST: Tensor) -> Tensor:
     positions_TF = whole("positions")[POSITION_OFFSET:][: tokens_ST.shape[1]]
     # Looked up before the cast: the table in fp32 would be the largest thing in memory.
     hidden = words_VF[tokens_ST].float() + positions_TF.float()
+    # [S, T, F] throughout.
     heads = source.model.num_attention_heads
     for layer in layers:
         hidden = hidden + _attention(layer, hidden, heads)
@@ -113,10 +115,12 @@ def _linear(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def _attention(layer: Layer, hidden: Tensor, heads: int) -> Tensor:
     normed = _norm(layer, hidden, "attention")
+    # [S, H, T, D]
     q, k, v = (
         _apply(layer, name, normed).unflatten(-1, (heads, -1)).transpose(1, 2)
         for name in ("query", "key", "value")
     )
+    # Scaled by 1 / sqrt(D), as torch does by itself and OPT does with the queries.
     mixed = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
     return _apply(layer, "output", mixed)
 
@@ -147,10 +151,13 @@ def _hugging_face(source: HuggingFaceSource) -> tuple[Iterator[Layer], Callable[
         """Readers of the layer whose names begin so."""
 
         def norms(name: str) -> Tensor:
+            """Of transformers' names."""
             place, kind = name.rsplit("_", 1)
             return source.raw(f"{begin}.{_OPT_NORMS[place]}.{kind}")
 
         def projection(name: str, kind: str) -> Tensor:
+            """A matrix of its own for each."""
+            # query, key and value by their first letter: q_proj, k_proj, v_proj.
             module = _OPT_LINEARS.get(name, f"self_attn.{name[0]}_proj")
             return source.raw(f"{begin}.{module}.{kind}")
 
@@ -172,6 +179,7 @@ def _metaseq(source: MetaseqSource) -> tuple[Iterator[Layer], Callable[[str], Te
         """Readers of the layer whose names begin so."""
 
         def norms(name: str) -> Tensor:
+            """The first rank's: every rank has a copy."""
             place, kind = name.rsplit("_", 1)
             return source.raw(f"{begin}.{_OPT_NORMS[place]}.{kind}")[0]
 
@@ -183,6 +191,7 @@ def _metaseq(source: MetaseqSource) -> tuple[Iterator[Layer], Callable[[str], Te
                 # Ranks hold consecutive heads.
                 return torch.cat([rank.chunk(3)[third] for rank in ranks])
             ranks = source.raw(f"{begin}.{_OPT_LINEARS[name]}.{kind}")
+            # Column-parallel: outputs are cut, and their biases with them.
             if name == "fc1":
                 return torch.cat(ranks)
             # Row-parallel: inputs are cut, and the bias is added once, by all from the same copy.
@@ -191,6 +200,8 @@ def _metaseq(source: MetaseqSource) -> tuple[Iterator[Layer], Callable[[str], Te
         return Layer(norms, projection)
 
     def whole(name: str) -> Tensor:
+        """What lies outside of layers."""
+        # Rows of words are cut over ranks, all else each rank has whole.
         if name == "words":
             return torch.cat(source.raw("decoder.embed_tokens.weight"))
         return source.raw(outside[name])[0]
@@ -201,6 +212,7 @@ def _metaseq(source: MetaseqSource) -> tuple[Iterator[Layer], Callable[[str], Te
 
 def _native(source: NativeSource) -> tuple[Iterator[Layer], Callable[[str], Tensor]]:
     """As `model/layer.py` uses them: per head, query, key and value."""
+    # To name tensors for `read` only: the table's rules for other formats are not used.
     table = parameters(source.model)
     outside = {
         "words": "embedding.word_embeddings.weight",
@@ -215,12 +227,15 @@ def _native(source: NativeSource) -> tuple[Iterator[Layer], Callable[[str], Tens
         """Readers of the layer whose names begin so."""
 
         def norms(name: str) -> Tensor:
+            """Of our names."""
             place, kind = name.rsplit("_", 1)
             return source.read(table[f"{begin}.{places[place]}.{kind}"])
 
         def projection(name: str, kind: str) -> Tensor:
+            """Query, key and value taken out of the fused one."""
             if name in ("query", "key", "value"):
                 fused = source.read(table[f"{begin}.self_attention.linear_qkv.{kind}"])
+                # [H, (query, key, value), D, F], a bias without the F.
                 heads = fused.reshape(source.model.num_attention_heads, 3, -1, *fused.shape[1:])
                 return heads[:, ("query", "key", "value").index(name)].flatten(0, 1)
             return source.read(table[f"{begin}.{linears[name]}.{kind}"])

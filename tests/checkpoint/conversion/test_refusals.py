@@ -1,6 +1,7 @@
 """Inputs that are not a whole OPT are refused by the command, with the tensor and the file in the message."""
 
 import json
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,10 @@ import converter
 import foreign_checkpoints as foreign
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from megatron_iml.checkpoint.conversion.files.stored_tensor import MappedFile
+from megatron_iml.checkpoint.conversion.files.torch_archive import named, read_archive
 
 pytest.importorskip("safetensors")
 
@@ -72,6 +77,10 @@ CONFIGS = {
     "activation": ({"activation_function": "gelu"}, "activation_function is 'gelu'; allowed: 'relu'"),
     "untied": ({"tie_word_embeddings": False}, "tie_word_embeddings is False; allowed: True"),
     "no norm": ({"_remove_final_layer_norm": True}, "_remove_final_layer_norm is True; allowed: False"),
+    "heads": (
+        {"num_attention_heads": 5},
+        "got 5 attention heads for a width of 32; allowed: a divisor of it",
+    ),
     "layers": ({"num_hidden_layers": 3}, "lacks tensors decoder.layers.2.self_attn.q_proj.weight"),
     "vocabulary": (
         {"vocab_size": 56},
@@ -103,13 +112,33 @@ def test_hugging_face_files(tmp_path, capsys) -> None:
     assert "lacks model-00002-of-00003.safetensors, which its index names" in refusal(folder, capsys)
     second.write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
     assert "its tensors are not those that model.safetensors.index.json lists" in refusal(folder, capsys)
-    state["lm_head"] = torch.zeros(1)
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"metadata": {}}')
+    assert f"{index} has no weight_map" in refusal(folder, capsys)
     untied = tmp_path / "untied"
     foreign.write_hugging_face(untied, foreign.random_opt(), safetensors=False, head=True)
     saved = torch.load(untied / "pytorch_model.bin")
     saved["lm_head.weight"] = saved["lm_head.weight"] + 1
     torch.save(saved, untied / "pytorch_model.bin")
     assert "tensor lm_head.weight differs from decoder.embed_tokens.weight" in refusal(untied, capsys)
+
+
+def test_hugging_face_folders_that_are_none(tmp_path, capsys) -> None:
+    assert "nowhere: no such file or folder" in refusal(tmp_path / "nowhere", capsys)
+    folder = tmp_path / "in"
+    foreign.write_hugging_face(folder, foreign.random_opt(), safetensors=False, head=True)
+    weights, config = folder / "pytorch_model.bin", folder / "config.json"
+    saved = torch.load(weights)
+    torch.save([saved], weights)
+    assert f"{weights} holds a list; allowed: a state dict" in refusal(folder, capsys)
+    torch.save(saved | {"lm_head.weight": saved["lm_head.weight"][1:].clone()}, weights)
+    assert "tensor lm_head.weight has shape (47, 32), allowed: (48, 32)" in refusal(folder, capsys)
+    weights.write_bytes(b"short")
+    assert f"{weights} has 5 bytes: it is no weight file" in refusal(folder, capsys)
+    weights.unlink()
+    assert f"{folder} has neither model.safetensors nor pytorch_model.bin" in refusal(folder, capsys)
+    config.write_text(json.dumps({"model_type": "opt", "hidden_size": 32}))
+    assert f"{config} lacks num_hidden_layers, num_attention_heads, ffn_dim" in refusal(folder, capsys)
 
 
 def test_metaseq_tensors(tmp_path, capsys) -> None:
@@ -163,6 +192,37 @@ def test_metaseq_files(tmp_path, capsys) -> None:
     assert "lacks the file of part 0, shard 1" in refusal(shards, capsys)
 
 
+def test_metaseq_files_that_are_not_of_one_checkpoint(tmp_path, capsys) -> None:
+    state = foreign.random_opt()
+    parts = tmp_path / "parts"
+    foreign.write_metaseq(parts, state, parts=2)
+    other = foreign.metaseq_part(state, 1, 2)
+    other["decoder.layers.1.fc1.weight"] = other["decoder.layers.1.fc1.weight"].float()
+    torch.save({"model": other}, parts / "checkpoint_1_4000.pt-model_part-1.pt")
+    message = refusal(parts, capsys)
+    assert "the parts of decoder.layers.1.fc1.weight have types [torch.float16, torch.float32]" in message
+    torch.save({"weights": other}, parts / "checkpoint_1_4000.pt-model_part-1.pt")
+    assert "checkpoint_1_4000.pt-model_part-1.pt holds no `model`" in refusal(parts, capsys)
+    shards = tmp_path / "shards"
+    foreign.write_metaseq(shards, state, parts=1, shards=2)
+    files = sorted(shards.iterdir())
+    second = read_without_classes(files[1])
+    lacking = {name: one for name, one in second["model"].items() if "layers.1" not in name}
+    torch.save({**second, "model": lacking}, files[1])
+    assert f"{files[1]} lacks tensor decoder.layers.1.flat_param_0" in refusal(shards, capsys)
+    torch.save({"model": second["model"]}, files[1])
+    assert f"{files[1]} has no shard_metadata, other shards have" in refusal(shards, capsys)
+    torch.save({"model": read_without_classes(files[0])["model"]}, files[0])
+    assert f"{files[0]} is one of 2 shards without shard_metadata" in refusal(shards, capsys)
+
+
+def read_without_classes(file: Path) -> dict:
+    """The plain data of a file: its tensors and what is said of them."""
+    saved = read_archive(MappedFile(file))
+    model = {name: stored.read().clone() for name, stored in named(saved["model"]).items()}
+    return {"model": model, "shard_metadata": saved["shard_metadata"]}
+
+
 def test_heads_must_be_known_and_agree(tmp_path, capsys) -> None:
     state = foreign.random_opt()
     folder = tmp_path / "in"
@@ -174,7 +234,9 @@ def test_heads_must_be_known_and_agree(tmp_path, capsys) -> None:
     assert converter.run("native", folder, tmp_path / "out", *options) == 0
     foreign.write_metaseq(tmp_path / "told", state, heads=4)
     message = refusal(tmp_path / "told", capsys, "native", "--num-attention-heads", "8")
-    assert "attention heads are 8 by --num-attention-heads, 4 by the file's configuration" in message
+    assert "are 8 by --num-attention-heads (a run's model.num_attention_heads), 4 by the file's" in message
+    message = refusal(folder, capsys, "native", "--num-attention-heads", "5")
+    assert "got 5 attention heads for a width of 32" in message
 
 
 def test_native_files(tmp_path, capsys) -> None:
@@ -191,7 +253,25 @@ def test_native_files(tmp_path, capsys) -> None:
     file.unlink()
     assert "lacks weights_00002.distcp, which its .metadata lists" in refusal(native, capsys, "hugging-face")
     file.write_bytes(content)
-    (native / ".metadata").write_bytes((native / ".metadata").read_bytes()[:100])
+    described = (native / ".metadata").read_bytes()
+    metadata = pickle.loads(described)
+    stored = metadata.state_dict_metadata["decoder.final_layernorm.bias"]
+    chunk = stored.chunks.pop()
+    (native / ".metadata").write_bytes(pickle.dumps(metadata))
+    message = refusal(native, capsys, "hugging-face")
+    assert (
+        "the chunks of tensor decoder.final_layernorm.bias hold 0 numbers, its shape (32,) needs 32"
+        in message
+    )
+    stored.chunks.append(chunk)
+    places = metadata.storage_data
+    places[MetadataIndex("decoder.final_layernorm.bias", chunk.offsets)] = places[
+        MetadataIndex("embedding.word_embeddings.weight", (0, 0))
+    ]
+    (native / ".metadata").write_bytes(pickle.dumps(metadata))
+    message = refusal(native, capsys, "hugging-face")
+    assert "tensor decoder.final_layernorm.bias at (0,) is not the chunk of shape (32,)" in message
+    (native / ".metadata").write_bytes(described[:100])
     assert ".metadata is damaged" in refusal(native, capsys, "hugging-face")
     (native / "complete.json").unlink()
     assert "is no complete checkpoint" in refusal(native, capsys, "hugging-face")
@@ -236,6 +316,12 @@ def test_options_that_do_not_fit(tmp_path, capsys) -> None:
     message = refusal(source, capsys, "metaseq", "--parts", "3")
     assert "--parts: got 3; allowed: a divisor of the model's 4 attention heads" in message
     assert "--vocab-size: got 0" in refusal(source, capsys, "hugging-face", "--vocab-size", "0")
+    message = refusal(source, capsys, "hugging-face", "--inference-prefix", "eos")
+    assert "--inference-prefix: got eos without --tokenizer" in message
+    for option in ("--parts", "--shards"):
+        with pytest.raises(SystemExit):
+            converter.run("metaseq", source, tmp_path / "out", option, "0")
+        assert f"argument {option}: got 0, expected a whole number of 1 or more" in capsys.readouterr().err
     state = foreign.random_opt(dtype=torch.float32)
     state["decoder.layers.0.fc1.bias"][5] = 1e6
     foreign.write_hugging_face(tmp_path / "large", state)

@@ -97,6 +97,7 @@ class _Pickler(pickle.Pickler):
     """Pickles an object as `torch.save` would, each TensorSpec as the tensor it describes."""
 
     def __init__(self, file: io.BytesIO) -> None:
+        # torch.save's own protocol, which every reader of its files knows.
         super().__init__(file, protocol=2)
         self.specs: list[TensorSpec] = []
 
@@ -108,6 +109,7 @@ class _Pickler(pickle.Pickler):
         self.specs.append(value)
         # torch's own strides for such a shape, sizes of 0 and 1 among them.
         stride = torch.empty(value.shape, device="meta").stride()
+        # (storage, offset in it, shape, stride, requires_grad, backward hooks)
         arguments: Any = (reference, 0, value.shape, stride, False, OrderedDict())
         return torch._utils._rebuild_tensor_v2, arguments
 
@@ -166,7 +168,8 @@ class _ZipPlan:
     def add_record(self, path: str, name: str, num_bytes: int) -> None:
         """A gap."""
         header, after = self._add(path, num_bytes, 0)
-        # The second place is in the directory, which comes last: `finish` moves it there.
+        # CRCs lie 14 bytes into a local header and 16 into an entry of the directory (APPNOTE 4.3.7, 4.3.12).
+        # The directory comes last: until `finish` knows where, the second place is the entry's number.
         self.records[name] = Record(after, num_bytes, (header + 14, len(self.directory) - 1))
 
     def _add(self, path: str, num_bytes: int, crc: int) -> tuple[int, int]:
@@ -175,7 +178,8 @@ class _ZipPlan:
         large = num_bytes >= ZIP32_LIMIT
         size = ZIP32_LIMIT if large else num_bytes
         extra = struct.pack("<HHQQ", 1, 16, num_bytes, num_bytes) if large else b""
-        # Tensors begin at multiples of 64, so that a mapped file can be viewed as numbers in place.
+        # Tensors begin at multiples of 64, so that a mapped file can be viewed as numbers in place: after 30
+        # bytes of header, the name, and 4 bytes before the padding itself.
         padding = -(start + 30 + len(name) + len(extra) + 4) % ALIGNMENT
         # torch's own padding field.
         extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
@@ -198,6 +202,7 @@ class _ZipPlan:
         tail = b"".join(self.directory)
         # ZIP64's own end of the directory, and a locator that says where it is; the old end follows.
         if large:
+            # 44: what follows the size field itself. 45: the version of the format that knows ZIP64.
             fields64 = (44, 45, 45, 0, 0, count, count, size, starts[0])
             tail += b"PK\6\6" + struct.pack("<QHHIIQQQQ", *fields64)
             tail += b"PK\6\7" + struct.pack("<IQI", 0, starts[-1], 1)

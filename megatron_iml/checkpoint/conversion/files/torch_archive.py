@@ -57,6 +57,7 @@ DTYPES_OF_STORAGES: dict[str, torch.dtype] = {
     "BoolStorage": torch.bool,
 }
 LOCAL_HEADER_BYTES = 30
+"""Before its name and extra field, whose lengths are at 26 and 28 (APPNOTE 4.3.7)."""
 DAMAGE = (
     zipfile.BadZipFile,
     pickle.UnpicklingError,
@@ -162,8 +163,10 @@ class _Unpickler(pickle.Unpickler):
         # Called with the storage's place and the tensor's shape: nothing is read yet.
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return self._archive.tensor
+        # A parameter is its tensor here: requires_grad and hooks mean nothing in a file of weights.
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return _first
+        # State dicts are these; the class runs nothing of the pickle's.
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch", "Size"):
@@ -184,6 +187,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         """A storage: its type, its record and its length."""
+        # ("storage", what `find_class` gave for its class, record, where it was, numbers)
         _, dtype, key, _, numel = pid
         return _Storage(dtype, key, numel)
 
@@ -213,8 +217,10 @@ class _Archive:
         """Stands for torch's `_rebuild_tensor_v2`."""
         info = self.zip.getinfo(f"{self.root}data/{storage.key}")
         num_bytes = storage.numel * storage.dtype.itemsize
-        # Compressed records could not be mapped; torch never compresses.
-        if info.file_size != num_bytes or info.compress_type != zipfile.ZIP_STORED:
+        # It could not be mapped; torch never compresses.
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise zipfile.BadZipFile(f"record {info.filename} is compressed")
+        if info.file_size != num_bytes:
             raise zipfile.BadZipFile(
                 f"record {info.filename} holds {info.file_size} bytes, its storage has {num_bytes}"
             )

@@ -17,7 +17,7 @@ from megatron_iml.checkpoint.conversion.files.stored_tensor import MappedFile, S
 from megatron_iml.checkpoint.conversion.files.torch_archive import named, read_archive
 from megatron_iml.checkpoint.conversion.manifest import read_checksums
 from megatron_iml.checkpoint.conversion.parameter_map import WORD_EMBEDDING, Parameter, fuse_qkv, parameters
-from megatron_iml.checkpoint.conversion.source import Prefix, check_complete, same_dtype
+from megatron_iml.checkpoint.conversion.source import Prefix, check_complete, check_heads, same_dtype
 from megatron_iml.config import ModelConfig
 from megatron_iml.data.text_files import json_object
 
@@ -68,7 +68,9 @@ def read_model_config(folder: Path) -> ModelConfig:
             raise ValueError(
                 f"{path}: {field} is {theirs[field]!r}; allowed: {value!r}, as in every OPT but 350m"
             )
-    return ModelConfig(**{ours: theirs[name] for ours, name in SHAPE_FIELDS.items()})
+    model = ModelConfig(**{ours: theirs[name] for ours, name in SHAPE_FIELDS.items()})
+    check_heads(str(path), model)
+    return model
 
 
 class HuggingFaceSource:
@@ -134,6 +136,7 @@ def _shapes(parameter: Parameter) -> dict[str, tuple[int, ...]]:
 
 def _prefix(folder: Path) -> Prefix | None:
     """What the tokenizer puts before a prompt, if the folder has one."""
+    # An option of GPT-2's tokenizer, which OPT uses; the token it adds is OPT's bos, </s>.
     path = folder / "tokenizer_config.json"
     if not path.is_file() or "add_bos_token" not in (settings := json_object(path)):
         return None
@@ -144,8 +147,8 @@ def _open_files(folder: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
     """Map every weight file; names lose the prefix `model.`, which some files carry."""
     stem, suffix = _find_format(folder)
     index_path = folder / f"{stem}{suffix}.index.json"
-    index: dict[str, str] = json_object(index_path)["weight_map"] if index_path.is_file() else {}
     # A model of one file has no index.
+    index = _read_index(index_path) if index_path.is_file() else {}
     names = sorted(set(index.values())) or [stem + suffix]
     checksums = read_checksums(folder)
     tensors: dict[str, StoredTensor] = {}
@@ -169,6 +172,14 @@ def _open_files(folder: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
     return [folder / name for name in names], {
         name.removeprefix("model."): tensor for name, tensor in tensors.items()
     }
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor -> file."""
+    files = json_object(path).get("weight_map")
+    if not isinstance(files, dict):
+        raise ValueError(f"{path} has no weight_map, which says what file a tensor is in: copy it again")
+    return files
 
 
 def _state_dict(path: Path) -> dict[str, StoredTensor]:

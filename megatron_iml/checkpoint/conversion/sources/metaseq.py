@@ -25,10 +25,11 @@ from torch import Tensor
 from megatron_iml.checkpoint.conversion.files.stored_tensor import MappedFile, StoredTensor
 from megatron_iml.checkpoint.conversion.files.torch_archive import Stub, named, read_archive
 from megatron_iml.checkpoint.conversion.parameter_map import Parameter, from_metaseq_qkv, parameters
-from megatron_iml.checkpoint.conversion.source import Prefix, check_complete, same_dtype
+from megatron_iml.checkpoint.conversion.source import Prefix, check_complete, check_heads, same_dtype
 from megatron_iml.config import ModelConfig
 from megatron_iml.config.sizes import OPT_SIZES, POSITION_OFFSET
 
+# The stem may end in .pt itself: OPT-IML's files are called checkpoint_1_4000.pt-model_part-0.pt.
 FILE_NAME = re.compile(r"(?P<stem>.+?)(-model_part-(?P<part>\d+))?(-shard(?P<shard>\d+))?\.pt")
 VERSION = "decoder.version"
 TIED_HEAD = "decoder.output_projection.weight"
@@ -78,6 +79,7 @@ class MetaseqSource:
         saved = [[_open(file) for file in part] for part in grid]
         self._parts = [_part(part, files) for part, files in zip(saved, grid, strict=True)]
         self.model = _model(path, self._parts, saved[0][0], num_attention_heads)
+        check_heads(str(path), self.model)
         for part, files in zip(self._parts, grid, strict=True):
             _check_part(files[0], part, self.model, len(self._parts))
 
@@ -123,6 +125,7 @@ def _find_files(path: Path) -> list[list[Path]]:
     for file in sorted(path.glob("*.pt")):
         match = FILE_NAME.fullmatch(file.name)
         assert match is not None, f"{file.name} ends in .pt and did not match"
+        # A file without a number is the only one of its kind.
         place = (int(match["part"] or 0), int(match["shard"] or 0))
         found.setdefault(match["stem"], {})[place] = file
     if len(found) != 1:
@@ -188,8 +191,10 @@ def _unflatten(shards: list[dict[str, Any]], files: list[Path]) -> dict[str, _Pi
                 f"{files[0].parent}: the shards of tensor {place} hold {sum(n for _, n in stored)} numbers, "
                 f"its parameters {sum(numels)}: a shard is missing or of another checkpoint"
             )
+        # One more than there are names: the end of the last.
         starts = itertools.accumulate(numels, initial=0)
         for name, shape, start, numel in zip(first["names"], first["shapes"], starts, numels, strict=False):
+            # Names count from the module that was flattened, whose name the flat parameter's begins with.
             path = place.rpartition(".")[0]
             full_name = f"{path}.{name}" if path else name
             pieces[full_name] = _Piece(tuple(shape), tuple(_ranges(stored, start, start + numel)))
@@ -233,12 +238,13 @@ def _model(
     missing = [name for name in needed if name not in first]
     if missing:
         raise ValueError(f"{path} lacks tensor {missing[0]} ({len(first)} found): it is no whole OPT")
+    # Of words and of fc1 each part has some rows, of positions all.
     words, positions, fc1 = (first[name].shape for name in needed)
     hidden = positions[1]
     published = {(size.num_layers, size.hidden_size): size for size in OPT_SIZES.values()}
     size = published.get((max(layers) + 1, hidden))
     told = [
-        (heads, "--num-attention-heads"),
+        (heads, "--num-attention-heads (a run's model.num_attention_heads)"),
         # Older checkpoints call it args.
         (_heads_of(saved.get("cfg", saved.get("args"))), "the file's configuration"),
         (size.num_attention_heads if size else None, "the published size of this shape"),
@@ -252,7 +258,7 @@ def _model(
     if len({number for number, _ in known}) > 1:
         raise ValueError(
             f"{path}: attention heads are {', '.join(f'{number} by {where}' for number, where in known)}; "
-            "allowed: one number; correct --num-attention-heads"
+            "allowed: one number; correct the one that is wrong"
         )
     return ModelConfig(
         num_layers=max(layers) + 1,

@@ -98,6 +98,7 @@ class NativeSource:
         return list(self._metadata.storage_data.items())
 
     def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        # By name and place: an index's third field is a hint, which equality leaves out.
         info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         try:
             stored = read_archive(self._files[info.relative_path], info.offset, info.length)
@@ -131,6 +132,7 @@ class NativeSource:
 
 
 def _read_metadata(path: Path) -> Metadata:
+    # A pickle that torch loads without restriction: docs/checkpoints.md says whom to take one from.
     try:
         return FileSystemReader(str(path)).read_metadata()
     except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError) as error:

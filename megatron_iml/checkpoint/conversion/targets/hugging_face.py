@@ -68,6 +68,7 @@ def hugging_face_target(
     head_dim = model.hidden_size // model.num_attention_heads
 
     def pieces(parameter: Parameter, full: Tensor) -> Iterator[Piece]:
+        """A matrix as it is, the fused projection as three."""
         parts = split_qkv(full, head_dim) if parameter.is_qkv else (full,)
         for name, part in zip(parameter.hugging_face, parts, strict=True):
             yield file_of[f"model.{name}"], f"model.{name}", part
@@ -93,6 +94,7 @@ def _shards(
     size = 0
     for _, group in groups(model):
         for parameter in group:
+            # 1, or 3 for the fused projection, whose rows three matrices share evenly.
             share = len(parameter.hugging_face)
             shape = (parameter.shape[0] // share, *parameter.shape[1:])
             for name in parameter.hugging_face:
@@ -125,6 +127,7 @@ def _config(model: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> dict[str, 
         "model_type": "opt",
         **{theirs: vars(model)[ours] for ours, theirs in SHAPE_FIELDS.items()},
         **REQUIRED_FIELDS,
+        # Another number would make transformers add OPT-350m's projections.
         "word_embed_proj_dim": model.hidden_size,
         # What transformers loads in when it is asked for `auto`.
         "torch_dtype": DTYPE_NAMES[dtypes["decoder.layers.0.mlp.linear_fc1.weight"]],
@@ -148,6 +151,7 @@ def _generation(model: ModelConfig, options: HuggingFaceOptions) -> dict[str, An
         "eos_token_id": EOS_ID,
         "pad_token_id": PAD_ID,
         "do_sample": False,
+        # The default of evaluation.max_new_tokens.
         "max_new_tokens": 256,
     }
     if options.tokenizer is not None:

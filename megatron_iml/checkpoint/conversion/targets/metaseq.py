@@ -95,6 +95,7 @@ def _configuration(model: ModelConfig) -> dict[str, Any]:
             "activation_fn": "relu",
             "decoder_learned_pos": True,
             "decoder_normalize_before": True,
+            # Otherwise metaseq would multiply embeddings by the root of the width.
             "no_scale_embedding": True,
             "share_decoder_input_output_embed": True,
         }
@@ -138,6 +139,7 @@ class _Flat:
         for group in self.groups:
             numels = [self.numel(parameter) for parameter in group]
             starts = itertools.accumulate(numels, initial=0)
+            # `accumulate` ends with the total, which begins nothing.
             self.starts.update({one.name: start for one, start in zip(group, starts, strict=False)})
 
     def numel(self, parameter: Parameter) -> int:
@@ -188,6 +190,7 @@ class _Flat:
 
     def pieces(self, parameter: Parameter, part: int, own: Tensor) -> Iterator[Piece]:
         """The ranges of a part of a parameter, by the shards they lie in."""
+        # Group 0 is everything outside of layers.
         group = self.groups[0 if parameter.layer is None else parameter.layer + 1]
         _, key = _flat_names(group)
         start, flat = self.starts[parameter.name], own.flatten()

@@ -68,6 +68,7 @@ def native_target(model: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> Targ
         indices = [MetadataIndex(native_key(one), _offsets(one)) for one in group]
         # megatron-core's linear layers ask for theirs when a checkpoint is loaded, though it is None.
         for name in _extra_states(number - 1, model):
+            # In a list: megatron-core saves all objects of one name together.
             entries[name], plans[name] = BytesStorageMetadata(), torch_archive([None])
             indices.append(MetadataIndex(name))
         offset = 0
@@ -79,8 +80,10 @@ def native_target(model: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> Targ
     metadata = Metadata(entries, storage_data=places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
 
     def pieces(parameter: Parameter, full: Tensor) -> Iterator[Piece]:
+        """Whole, in the one record that a parameter has."""
         yield file_of[parameter.name], parameter.name, full
 
+    # One word for the model: where types differ, what its matrices are in.
     precision: Any = PRECISIONS[dtypes["decoder.layers.0.mlp.linear_fc1.weight"]]
     # The shape in full: a name of the family would fill its own numbers in again.
     config = Config(model=replace(model, size=None), training=TrainingConfig(precision=precision))

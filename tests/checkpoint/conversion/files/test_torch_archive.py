@@ -3,6 +3,8 @@
 import os
 import pickle
 import random
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import foreign_checkpoints as foreign
@@ -96,6 +98,38 @@ def test_every_truncation_and_flipped_byte_is_named_or_harmless(tmp_path) -> Non
         assert all(torch.equal(read[name], tensor) for name, tensor in expected.items()), place
     inside = sum(tensor.nbytes for tensor in expected.values()) / len(content)
     assert refused > 400 * inside
+
+
+class Claims:
+    """Pickles as a tensor of another shape and stride over the numbers of `tensor`."""
+
+    def __init__(self, tensor: torch.Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
+        untyped = tensor.untyped_storage()
+        storage = torch.storage.TypedStorage(wrap_storage=untyped, dtype=tensor.dtype, _internal=True)
+        self.arguments = (storage, 0, shape, stride, False, OrderedDict())
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+@pytest.mark.parametrize(("shape", "stride"), [((5,), (1,)), ((2, 2), (3, 1)), ((2,), (4,))])
+def test_a_tensor_that_reaches_beyond_its_record_is_refused(tmp_path, shape, stride) -> None:
+    torch.save({"a": Claims(torch.arange(4.0), shape, stride)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="exceeds its record"):
+        read_archive(MappedFile(tmp_path / "a.pt"))
+
+
+def test_compressed_records_are_refused(tmp_path) -> None:
+    """They cannot be mapped; somebody has packed the file anew."""
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as whole,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    with pytest.raises(ValueError, match="record a/data/0 is compressed"):
+        read_archive(MappedFile(tmp_path / "b.pt"))
 
 
 def test_files_of_other_kinds_are_refused(tmp_path) -> None:

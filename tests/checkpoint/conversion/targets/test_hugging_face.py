@@ -82,6 +82,16 @@ def test_transformers_answers_as_the_native_model(tmp_path, tokenizer_folder, pr
     assert record["config"]["model"]["inference_prefix"] == prefix
 
 
+def test_the_prefix_may_be_told_where_the_input_does_not_say_it(tmp_path, tokenizer_folder, capsys) -> None:
+    vocab = Tokenizer.load(tokenizer_folder).padded_vocab_size
+    foreign.write_metaseq(tmp_path / "in", foreign.random_opt(vocab=vocab))
+    places, options = (tmp_path / "in", tmp_path / "out"), ("--tokenizer", str(tokenizer_folder))
+    assert converter.run("hugging-face", *places, *options) == 2
+    assert "does not say which token prompts begin with" in capsys.readouterr().err
+    assert converter.run("hugging-face", *places, *options, "--inference-prefix", "eos") == 0
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["add_bos_token"] is True
+
+
 def test_shards_are_as_large_as_asked_and_listed(tmp_path) -> None:
     state = foreign.random_opt()
     foreign.write_hugging_face(tmp_path / "in", state)
