@@ -106,6 +106,7 @@ def peak_gb() -> float:
 
 def reset_peak() -> None:
     """Begin anew to look for the largest."""
+    # proc(5): 5 sets the peak back to what is resident.
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -131,6 +132,7 @@ def timed_step(engine: Engine, rows: StepRows, store: CheckpointStore) -> float:
 
 def copy_speed(engine: Engine, store: CheckpointStore) -> float | None:
     """GB/s from the device to the host memory of saves, all of this rank's fp32 weights at once."""
+    # megatron-core chains a second one for experts only.
     (optimizer,) = engine.optimizer.chained_optimizers
     masters = [param.detach() for group in optimizer.optimizer.param_groups for param in group["params"]]
     masters = [master for master in masters if store.staging.must_copy(master)]
@@ -139,6 +141,7 @@ def copy_speed(engine: Engine, store: CheckpointStore) -> float | None:
     torch.cuda.synchronize()
     began = time.perf_counter()
     store.staging.place(masters)
+    # A gate that nobody waits behind: only the copies are timed.
     store.staging.begin(Gate())
     store.staging.settle()
     return sum(master.nbytes for master in masters) / 1e9 / (time.perf_counter() - began)
@@ -148,6 +151,7 @@ def save_while_training(
     engine: Engine, store: CheckpointStore, steps: list[StepRows], plain: float, number: int
 ) -> dict[str, Any]:
     """One save, and steps until it is complete."""
+    # Right after a reset the peak is what is resident.
     reset_peak()
     before = peak_gb()
     # Ranks start together, or the first would count its waiting for the last as part of the save.
@@ -156,6 +160,7 @@ def save_while_training(
     said = store.save(engine, RunState(number, 0, "", ""), {})
     call = time.perf_counter() - began
     taken: list[float] = []
+    # Nothing is said until the save is complete, or refused.
     while not said and len(taken) < LONGEST:
         taken.append(timed_step(engine, steps[len(taken) % len(steps)], store))
         if len(taken) == 3:
@@ -211,6 +216,7 @@ def measure(engine: Engine, steps: list[StepRows], arguments: argparse.Namespace
     tell(f"{way}: a plain step takes {plain:.3f} s")
     runs = []
     for number in range(1, arguments.saves + 1):
+        # Before the call: what is saved is the state at its beginning, whatever the steps beside it do.
         expected = digests(engine)
         run = save_while_training(engine, store, steps, plain, number)
         tell(f"{way}: {json.dumps(run)}")
@@ -240,6 +246,7 @@ def main() -> None:
     arguments = parse_arguments()
     config = benchmark_config(arguments, arguments.overrides)
     engine = filled_engine(config, arguments.draw_on_device)
+    # Before any rank looks for room there.
     if dist.get_rank() == 0:
         shutil.rmtree(arguments.output, ignore_errors=True)
     dist.barrier()
@@ -257,6 +264,7 @@ def main() -> None:
         "commit": commit.stdout.strip(),
     }
     ways = {"ours": ReshardableOptimizer}
+    # megatron-core's own class, which ours is made from.
     if arguments.gathered:
         ways["gathered"] = ReshardableOptimizer.__base__
     for way, kind in ways.items():

@@ -54,10 +54,13 @@ def write_source(folder: Path, model: ModelConfig) -> int:
             share = len(parameter.hugging_face)
             shape = (parameter.shape[0] // share, *parameter.shape[1:])
             for name in parameter.hugging_face:
+                # By an odd number, so that all 2^20 places come before one comes again.
                 place = (place + 7919) % (1 << 20)
                 numel = torch.Size(shape).numel()
                 repeated = pool[place:].repeat(numel // (len(pool) - place) + 1)
+                # A copy: a view would keep the longer repetition in memory until the file is written.
                 tensors[f"model.{name}"] = repeated[:numel].view(shape).clone()
+        # Any name will do: the index says what is where.
         file = f"model-{number:05d}.safetensors"
         save_file(tensors, folder / file)
         weight_map.update(dict.fromkeys(tensors, file))
@@ -78,6 +81,7 @@ def private_bytes(pid: int) -> int:
 def convert(*arguments: str | Path) -> dict[str, float]:
     """Run the command; returns seconds and the largest private memory."""
     command = [sys.executable, str(ROOT / "tools" / "checkpoint" / "convert.py"), *map(str, arguments)]
+    # Of children that have ended and were waited for: the difference is this one's.
     began, before, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN), 0
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
     while process.poll() is None:
@@ -97,6 +101,7 @@ def forget(folder: Path) -> None:
     """Drop a folder's files from the page cache."""
     for path in folder.iterdir():
         with path.open("rb") as file:
+            # Pages that are not on the disk yet cannot be dropped.
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -135,6 +140,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of conversion.jsonl, to append a row to")
     arguments = parser.parse_args()
     size = opt_size(arguments.size)
+    # One layer of a size that no disk holds tells its memory: that depends on the largest tensor.
     size = size._replace(num_layers=arguments.num_layers or size.num_layers)
     model = ModelConfig(**size._asdict(), ffn_hidden_size=4 * size.hidden_size)
     source, native, parts, back, straight = (
@@ -149,6 +155,7 @@ def main() -> None:
         "cold": arguments.cold,
         "verify": arguments.verify,
     }
+    # A shape with fewer layers is no published one, which would say its heads.
     heads = ["--num-attention-heads", str(size.num_attention_heads)]
     for name, form, places, options in (
         ("hugging_face_to_native", "native", (source, native), ["--inference-prefix", "eos"]),
@@ -162,6 +169,7 @@ def main() -> None:
         result = convert(form, "--input", places[0], "--output", places[1], *options, *extra)
         result["gigabytes_per_second"] = round(total / 1e9 / result["seconds"], 2)
         row[name] = result
+        # Both ways back end in the form that was begun with.
         if form == "hugging-face":
             row["tensors_bit_equal"] = check_equal(source, places[1])
             # Makes room.

@@ -90,6 +90,7 @@ def take_steps(engine: Engine, steps: range) -> list[float]:
 
 def load(engine: Engine, folder: Path) -> float:
     """Verify and load; seconds."""
+    # From the last rank's beginning to the last one's end: none goes on before.
     dist.barrier()
     began = time.perf_counter()
     check_share_of_files(folder, read_record(folder), weights_only=False)
@@ -111,6 +112,7 @@ def leave() -> None:
 def main() -> int:
     """Save under the first layout, go on under each; 1 if losses disagree."""
     arguments = parse_arguments()
+    # Row length and rows are the same under every layout, so the steps are.
     config = benchmark_config(arguments, arguments.overrides)
     # Joins the world under some layout, to learn how many ranks there are.
     start_distributed(config)
@@ -122,6 +124,7 @@ def main() -> int:
     dist.barrier()
     engine = engine_of(replace(config, parallel=layouts[first]), 1, arguments.draw_on_device)
     take_steps(engine, range(STEPS))
+    # Waited for: the steps that follow must not be slowed, and the files must be there.
     store = CheckpointStore(arguments.output, CheckpointConfig(asynchronous=False))
     store.save(engine, RunState(STEPS, 0, "", ""), {})
     expected = take_steps(engine, range(STEPS, 2 * STEPS))
