@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from megatron_iml.data.plan.shuffle import Int64, permute, words
 
+# Any other number below gives other plans from the same inputs: raise ALGORITHM_VERSION (packing.py).
 GROUP_ROWS = 4
 PAIRS_PER_SLOT = 6 * 768
 PAIRS_PER_TARGET = 50272 // (2 * 12)
@@ -42,12 +43,14 @@ STRATA = 3
 
 def place_rows(slots_W: Int64, costs_W: Int64, row_W: Int64, row_length: int, key: np.uint64) -> Int64:
     """Even rows out and give each its place in the window; return the place of every document's row [W]."""
+    # A window whose draws were all dropped has no row.
     num_rows = int(row_W.max(initial=-1)) + 1
     row_W = trade_alike(slots_W, costs_W, row_W, np.arange(num_rows), HEAVY_ROW)
     row_W = even_out(slots_W, costs_W, row_W, row_length)
     order_R = group_rows(_row_costs(costs_W, row_W))
     groups_GR, loose = np.split(order_R, [num_rows // GROUP_ROWS * GROUP_ROWS])
     groups_GR = groups_GR.reshape(-1, GROUP_ROWS)
+    # Unset for rows that are left over: no document of theirs is asked about below.
     group_R = np.empty(num_rows, dtype=np.int64)
     group_R[groups_GR] = np.arange(len(groups_GR))[:, None]
     # Rows that are left over are no group: they would take whatever costs much.
@@ -55,6 +58,7 @@ def place_rows(slots_W: Int64, costs_W: Int64, row_W: Int64, row_length: int, ke
     row_W[grouped] = trade_alike(slots_W[grouped], costs_W[grouped], row_W[grouped], group_R, HEAVY_GROUP)
     costs_R = _row_costs(costs_W, row_W)
     groups_GR = swap_rows(groups_GR, costs_R, HEAVY_GROUP)
+    # By the heaviest row and not the sum: the sums of groups are as good as equal by now.
     firsts_G = GROUP_ROWS * space_groups(costs_R[groups_GR].max(axis=1, initial=0), key)
     place_R = np.arange(num_rows)
     place_R[groups_GR] = firsts_G[:, None] + np.arange(GROUP_ROWS)
@@ -75,8 +79,7 @@ def document_costs(slots: Int64, targets: Int64, pairs: Int64) -> Int64:
 def trade_alike(slots_W: Int64, costs_W: Int64, row_W: Int64, part_R: Int64, limit: float) -> Int64:
     """Let parts above `limit` times the mean trade documents for cheaper ones of as many slots; return row_W.
 
-    So no row gets fuller or emptier. A part is a row, or the group that part_R puts it into. The document of
-    a row that holds no other stays: it would find none.
+    So no row gets fuller or emptier. A part is a row, or the group that part_R puts it into.
     """
     row_W = row_W.copy()
     part_W = part_R[row_W]
@@ -88,6 +91,9 @@ def trade_alike(slots_W: Int64, costs_W: Int64, row_W: Int64, part_R: Int64, lim
     candidates = np.flatnonzero(costs_G > heavy)
     for part in candidates[np.argsort(-costs_G[candidates], kind="stable")].tolist():
         own = np.flatnonzero(part_W == part)
+        # Whatever row took its only document would be no lighter; to look is slow where all rows are such.
+        if len(own) == 1:
+            continue
         for document in own[np.argsort(-costs_W[own], kind="stable")].tolist():
             if costs_G[part] <= heavy:
                 break
@@ -197,7 +203,8 @@ def space_groups(heaviest_G: Int64, key: np.uint64) -> Int64:
         key: names the shuffle.
     """
     groups = len(heaviest_G)
-    # Stratum s takes the places s, s + 3, s + 6 and so on.
+    # Stratum s takes the places s, s + 3, s + 6 and so on. Where two windows meet, two groups of the heavy
+    # third may still be neighbours.
     sizes = (groups + STRATA - 1 - np.arange(STRATA)) // STRATA
     stratum_G = np.repeat(np.arange(STRATA), sizes)
     index_G = np.arange(groups) - (np.cumsum(sizes) - sizes)[stratum_G]

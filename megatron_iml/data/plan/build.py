@@ -12,10 +12,9 @@ The ledger closes for every task: drawn = packed (some truncated) + dropped, by 
 Suffixes: K tasks.
 """
 
-import multiprocessing
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from megatron_iml.data.corpus.folder import Corpus, CorpusTask
-from megatron_iml.data.jobs import claim
+from megatron_iml.data.jobs import claim, worker_pool
 from megatron_iml.data.plan.draws import DrawStream, measure_tasks
 from megatron_iml.data.plan.folder import plan_fingerprint
 from megatron_iml.data.plan.packing import PackedWindow, PackingConfig, pack_window
@@ -66,15 +65,18 @@ def foresee_plan(corpus: Corpus, config: PackingConfig) -> Outlook:
     blend = blend_tasks(config.mixture, sizes, slots)
     if config.branches:
         # Stored once, a prefix takes no slot: the rows hold more documents than their lengths say.
+        # The draws as they would be if nothing were shared: a sample of how much documents have in common.
         probe = _stream(tasks, largest_remainder(blend.shares_K, blend.draws), blend.most_K, config)
         packed = [pack_window(corpus, probe, config, number) for number in range(PROBES)]
         stored = sum(int(window.rows.slots_R.sum()) for window in packed)
         shared = sum(int(window.tally["shared_tokens"].sum()) for window in packed)
+        # An estimate will do: the stream goes on until the rows are full, whatever the number of draws.
         blend = blend_tasks(config.mixture, sizes, slots * (1 + shared / max(stored, 1)))
     return Outlook(sizes, blend, largest_remainder(blend.shares_K, blend.draws))
 
 
 def _stream(tasks: Sequence[CorpusTask], quotas_K: Int64, most_K: Int64, config: PackingConfig) -> DrawStream:
+    # Whole, so that a unit of time ends where a window does.
     windows = max(1, round(int(quotas_K.sum()) / config.window))
     return DrawStream(tasks, quotas_K, most_K, config.limit, config.seed, windows)
 
@@ -86,6 +88,7 @@ def draw_plan(corpus: Corpus, config: PackingConfig) -> DrawStream:
     """
     tasks = select_tasks(corpus, config.level)
     if config.rows is None:
+        # Quota and bound in one: after a unit of time every task falls silent.
         once_K = np.array([len(task.documents) for task in tasks])
         return _stream(tasks, once_K, once_K, config)
     outlook = foresee_plan(corpus, config)
@@ -110,12 +113,10 @@ def _packed_windows(
 ) -> Generator[PackedWindow, None, None]:
     """Yield the windows in their order, packed by other processes if there are several."""
     numbers = range(stream.last_window + 1)
-    if workers == 1:
-        yield from (pack_window(corpus, stream, config, number) for number in numbers)
-        return
-    # A fork would copy the threads of a progress bar half-alive.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
+    with worker_pool(workers) as pool:
+        if pool is None:
+            yield from (pack_window(corpus, stream, config, number) for number in numbers)
+            return
         waiting: deque[Future[PackedWindow]] = deque()
         for number in numbers:
             waiting.append(pool.submit(_pack_in_worker, corpus.folder, stream, config, number))
@@ -163,6 +164,7 @@ def _build_plan(
     ):
         for number, window in enumerate(windows):
             if config.rows is not None and writer.num_rows + len(window.rows.counts_R) > config.rows:
+                # How many rows the last window is to have is known only here, so it is packed a second time.
                 window = pack_window(corpus, stream, config, number, config.rows - writer.num_rows)
             writer.append(window.rows)
             tally = {name: counts_K + tally.get(name, 0) for name, counts_K in window.tally.items()}

@@ -75,6 +75,7 @@ def _measure_task(corpus: Corpus, task: CorpusTask, limit: int) -> TaskSize:
     for first in range(task.first_document, task.stop_document, MEASURED_AT_ONCE):
         here = np.arange(first, min(first + MEASURED_AT_ONCE, task.stop_document))
         counts = corpus.reference_counts(here)
+        # 0, 1, ... of every document, end to end.
         references = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         lengths = Lengths(*corpus.lengths(np.repeat(here, counts), references), limit)
         # A document's references are equally likely, so each counts as that fraction of a draw.
@@ -117,6 +118,7 @@ class DrawStream:
     @cached_property
     def keys_K(self) -> dict[str, NDArray[np.uint64]]:
         """Keys of every task: of its walk, its references and its moments."""
+        # By name and not by number: a task keeps its walk whatever other tasks join the corpus or leave it.
         purposes = ("walk", "reference", "moment")
         return {
             purpose: np.array([stream_key(self.seed, purpose, task.name) for task in self.tasks])
@@ -136,6 +138,7 @@ class DrawStream:
     @property
     def last_window(self) -> int:
         """Number of the last window that can hold a draw."""
+        # A task without a quota is never drawn; dividing by it would say that the stream has no end.
         drawn_K = self.quotas_K > 0
         # A draw may come a rounding error after the end of its stretch, where the next window begins.
         return int(np.ceil(self.windows * (self.most_K[drawn_K] / self.quotas_K[drawn_K]).max()))
@@ -161,6 +164,8 @@ def draw_window(corpus: Corpus, stream: DrawStream, number: int) -> Draws:
     """Return the draws whose moment lies in window `number`, in the order of their moments."""
     task_N, turn_N = _turns(stream, number / stream.windows, (number + 1) / stream.windows)
     sizes_N = stream.sizes_K[task_N]
+    # The same walk every time round: documents come back at equal distances. References are drawn by the
+    # turn, so that another may come then.
     walk_N = permute(turn_N % sizes_N, sizes_N, stream.keys_K["walk"][task_N])
     document_N = stream.firsts_K[task_N] + walk_N
     picked_N = words(stream.keys_K["reference"][task_N], turn_N)

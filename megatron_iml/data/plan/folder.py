@@ -92,6 +92,7 @@ class Plan:
                 f"{_rebuild(folder)}"
             )
         arrays = PlanArrays(**{name: _map(folder, name, manifest["files"][name]["bytes"]) for name in ARRAYS})
+        # Asserts: the files have their sizes, so what disagrees here was written wrongly.
         rows = manifest["num_rows"]
         assert len(arrays.row_starts) == rows + 1, f"{len(arrays.row_starts)} row starts for {rows} rows"
         for sums in (arrays.row_slots, arrays.row_targets, arrays.row_pairs):
@@ -122,6 +123,7 @@ def _map(folder: Path, name: str, expected_bytes: int) -> NDArray:
     # Mapped: the ranks of a node share one copy of the pages.
     array = np.load(path, mmap_mode="r")
     assert array.dtype == ARRAYS[name], f"{path} holds {array.dtype}, expected {ARRAYS[name]}"
+    # Not as np.memmap, whose indexing costs microseconds an element.
     return np.asarray(array)
 
 

@@ -55,6 +55,7 @@ class Mixture:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the mixture as it stands in its file."""
+        # Part of a plan's fingerprint: another key or spelling here makes every plan that exists another one.
         return {
             "examples_proportional_cap": self.examples_proportional_cap,
             "max_epochs": self.max_epochs,
@@ -72,6 +73,7 @@ def load_mixture(path: Path) -> Mixture:
     content = yaml_mapping(path)
     _check_keys(f"{path}:", content, ("examples_proportional_cap", "max_epochs", "skip_absent", "benchmarks"))
     cap = content.get("examples_proportional_cap", PAPER_CAP)
+    # `true` is an int to Python and would pass for 1.
     if not isinstance(cap, int) or isinstance(cap, bool) or cap < 1:
         raise ValueError(f"{path}: examples_proportional_cap is {cap!r}, expected a whole number from 1 up")
     benchmarks = content.get("benchmarks") or {}

@@ -30,7 +30,7 @@ from megatron_iml.data.plan.shuffle import Int64, stream_key
 from megatron_iml.data.plan.writer import PackedRows
 
 # Raise it whenever the same inputs give another plan: it is part of a plan's fingerprint.
-ALGORITHM_VERSION = 5
+ALGORITHM_VERSION = 6
 # Documents packed together. Best fit among 16,384 fills 99.9 % of rows of 2,048; the smaller the window, the
 # more evenly every stretch of the run follows the mixture.
 WINDOW = 1 << 14
@@ -54,6 +54,7 @@ class PackingConfig:
     """Documents packed together; where prefixes are shared, those that can meet."""
 
     def __post_init__(self) -> None:
+        # `or 1` for None, which sets no number; it would let 0 pass.
         if min(self.rows or 1, self.row_length, self.max_positions, self.window) < 1 or self.rows == 0:
             raise ValueError(
                 f"rows {self.rows}, row_length {self.row_length}, max_positions {self.max_positions}, window "
@@ -76,6 +77,7 @@ class PackingConfig:
     @property
     def limit(self) -> int:
         """Tokens of the longest document that is kept whole."""
+        # The last token is predicted and never read: it takes neither a slot nor a position.
         return min(self.row_length, self.max_positions) + 1
 
     def origin(self, corpus: Corpus) -> dict[str, Any]:
@@ -83,6 +85,7 @@ class PackingConfig:
         return {
             "algorithm_version": ALGORITHM_VERSION,
             "corpus_fingerprint": corpus.fingerprint,
+            # Every document once follows no mixture, so none may tell two such plans apart.
             "mixture": self.mixture.as_dict() if self.rows is not None else None,
             "row_length": self.row_length,
             "max_positions": self.max_positions,
@@ -108,14 +111,17 @@ def best_fit(slots_W: Int64, row_length: int) -> tuple[Int64, int]:
     Open rows are kept by the space they have left; the set of spaces in use is one integer, whose lowest bit
     at or above a length is the best fit.
     """
+    # Python's integers grow: this one has a bit for each of row_length + 1 spaces.
     by_space: list[list[int]] = [[] for _ in range(row_length + 1)]
     spaces = 0
     rows = 0
     row_of = [0] * len(slots_W)
+    # A loop over numpy's own scalars takes several times as long.
     slots = slots_W.tolist()
     # Longest first: what is left over at the end is small and fits anywhere.
     for document in np.argsort(-slots_W, kind="stable").tolist():
         need = slots[document]
+        # x & -x keeps the lowest bit of x that is set.
         fitting = spaces >> need
         if fitting:
             space = need + (fitting & -fitting).bit_length() - 1
@@ -161,7 +167,9 @@ def _place(corpus: Corpus, draws: Draws, kept_P: Int64, config: PackingConfig) -
 def _place_exactly(
     corpus: Corpus, draws: Draws, kept_P: Int64, config: PackingConfig, rows: int
 ) -> _Placement:
-    """Give the longest prefix of the kept draws that `rows` rows hold its rows; draws beyond get none."""
+    """Give a beginning of the kept draws, as many as `rows` rows hold, its rows; draws beyond get none."""
+    # Best fit is not monotone, a document more may even save a row: what is found is a beginning that fits,
+    # and does not with one more document, though a still longer one might.
     holds, exceeds = 0, len(kept_P)
     while exceeds - holds > 1:
         middle = (holds + exceeds) // 2
@@ -198,6 +206,7 @@ def _measure(draws: Draws, order_P: Int64, shared_P: Int64) -> tuple[Int64, Int6
     """Return what draws bring to their rows: slots, targets and visible pairs of each."""
     # The last token takes no slot; the slot at position p sees p + 1 columns.
     last_P = draws.lengths.length_N[order_P] - 1
+    # A branch stands behind the prefix that it shares, so its slots see that as well.
     pairs_P = (last_P * (last_P + 1) - shared_P * (shared_P + 1)) // 2
     return last_P - shared_P, draws.lengths.num_targets_N[order_P], pairs_P
 
@@ -223,6 +232,7 @@ def pack_window(
     kept_P = np.flatnonzero(draws.lengths.kept_N)
     placed = _place(corpus, draws, kept_P, config)
     taken = len(draws.task_N)
+    # Evening rows out leaves their number as it is, so this can come first.
     if rows is not None and placed.num_rows > rows:
         placed = _place_exactly(corpus, draws, kept_P, config, rows)
         # Draws after the last one packed are not part of the plan; dropped ones before it are.
@@ -268,7 +278,7 @@ def _tally(draws: Draws, order_P: Int64, shared_P: Int64, taken: int, num_tasks:
         return np.bincount(draws.task_N[chosen], weights, minlength=num_tasks).astype(np.int64)
 
     every = np.arange(taken)
-    # An empty text longer than the limit counts once.
+    # No draw is both: what has no target is an empty text, of one token.
     no_target, too_long = lengths.no_target_N[:taken], lengths.too_long_N[:taken]
     return {
         "drawn": per_task(every),
@@ -278,5 +288,5 @@ def _tally(draws: Draws, order_P: Int64, shared_P: Int64, taken: int, num_tasks:
         "target_tokens": per_task(order_P, lengths.num_targets_N[order_P]),
         "shared_tokens": per_task(order_P, shared_P),
         "target_too_long": per_task(every[too_long]),
-        "no_target": per_task(every[no_target & ~too_long]),
+        "no_target": per_task(every[no_target]),
     }

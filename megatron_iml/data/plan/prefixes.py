@@ -67,9 +67,12 @@ def hang_documents(tokens: Sequence[Tokens], branches: int, max_slots: int) -> F
         slots = [len(tokens[document]) - 1 for document in order[start:stop]]
         for first, last in _cut_run(slots, shared[start:stop], 1 + branches, max_slots):
             members = order[start + first : start + last]
+            # The first of a piece stores what it had in common with a document of another piece.
             prefixes = [0, *shared[start + first + 1 : start + last]]
             trees.append(list(zip(members, prefixes, strict=True)))
+    # Back from the order of tokens to that of the stream, in which trees of one size are placed.
     trees.sort(key=min)
+    # An empty window has no pair that would give the array its two columns.
     flat = np.array([pair for tree in trees for pair in tree], dtype=np.int64).reshape(-1, 2)
     tree_P = np.repeat(np.arange(len(trees)), [len(tree) for tree in trees])
     return Forest(flat[:, 0], tree_P, flat[:, 1])
@@ -78,7 +81,9 @@ def hang_documents(tokens: Sequence[Tokens], branches: int, max_slots: int) -> F
 def _common_prefix(one: bytes, other: bytes) -> int:
     """Return tokens that two documents share and could read from one place; 0 where it is not worth it."""
     # No document stores its last token, so none can read it from another.
+    # Two bytes a token.
     limit = min(len(one), len(other)) // 2 - 1
+    # Bytes compare in one go, and most neighbours differ here already.
     if limit < SHORTEST_PREFIX or one[: 2 * SHORTEST_PREFIX] != other[: 2 * SHORTEST_PREFIX]:
         return 0
     a, b = (np.frombuffer(key, dtype=">u2", count=limit) for key in (one, other))
@@ -99,6 +104,7 @@ def _cut_run(slots: Sequence[int], shared: Sequence[int], most: int, max_slots: 
         best[last], cut[last] = best[last - 1], last - 1
         for first in range(last - 2, max(last - most, 0) - 1, -1):
             kept = saved[last - 1] - saved[first]
+            # Another in front takes at least what the next one then shares with it: no longer piece fits.
             if taken[last] - taken[first] - kept > max_slots:
                 break
             if best[first] + kept > best[last]:

@@ -82,13 +82,16 @@ class _Benchmark:
 
         Draws are min(most, level x effective); the level follows from the amounts at which tasks fill up.
         """
+        # The level at which a task fills up: those of the lowest ratio first.
         ratio_K = self.most_K / self.effective_K
         order_K = np.argsort(ratio_K, kind="stable")
         full_K = np.cumsum((self.most_K * self.per_draw_K)[order_K])
+        # From the right: what a level of 1 brings from the tasks that are not full before this one.
         open_K = np.cumsum((self.effective_K * self.per_draw_K)[order_K][::-1])[::-1]
         # The amount when the next task in this order fills up, those before it being full.
         before_K = np.concatenate(([0.0], full_K[:-1]))
         reached = int(np.searchsorted(before_K + ratio_K[order_K] * open_K, amount))
+        # All are full, or those that are not hold nothing in this unit and cannot help.
         if reached == len(order_K) or open_K[reached] == 0:
             return self.most_K.astype(float)
         level = (amount - before_K[reached]) / open_K[reached]
@@ -108,12 +111,14 @@ class _Recipe:
         counted = [b for b in self.benchmarks if b.share.unit != "examples"]
         everything = scale
         if counted and leading:
+            # The unit of the first is that of all: a mixture with both tokens and target tokens is refused.
             brought = sum(
                 self._brought(b, leading[b.name], counted[0].share.unit)
                 for b in self.benchmarks
                 if b.name in leading
             )
             # What they bring is the rest of everything, in the unit of those that follow.
+            # Never a division by 0: what leads has a proportion above 0, so the others leave some.
             everything = brought / (1 - sum(b.share.proportion for b in counted))
         return leading | {b.name: b.share.proportion * everything for b in counted}
 
@@ -162,9 +167,11 @@ def blend_tasks(mixture: Mixture, tasks: Sequence[TaskSize], slots: float) -> Bl
                 "one of them a proportion, or build the corpus from benchmarks that the mixture draws"
             )
         raise ValueError("no document of the mixture fits a row; raise row_length")
+    # Bounds make slots a bent function of the scale, so it is searched for and not solved.
     # A bound may cost slots or bring some (its draws go to longer documents), so the scale is on either side.
     low, high = 0.0, slots / per_scale
     out_of_reach = high * LARGEST_GROWTH
+    # Rows that exhaust every benchmark are never full, so the search has an end.
     while recipe.draws(high) @ slots_K < slots * (1 - TOLERANCE) and high < out_of_reach:
         low, high = high, high * 2
     for _ in range(HALVINGS):
@@ -172,6 +179,7 @@ def blend_tasks(mixture: Mixture, tasks: Sequence[TaskSize], slots: float) -> Bl
         low, high = (middle, high) if recipe.draws(middle) @ slots_K < slots else (low, middle)
     draws_K = recipe.draws(high)
     shortfalls = recipe.shortfalls(high)
+    # In place of what benchmarks lack: after so long a search each of them lacks something.
     if (filled := float(draws_K @ slots_K)) < slots * (1 - TOLERANCE):
         shortfalls = (
             f"the rows have {slots:,.0f} slots, max_epochs allows documents for {filled:,.0f}: raise it or "
@@ -183,6 +191,7 @@ def blend_tasks(mixture: Mixture, tasks: Sequence[TaskSize], slots: float) -> Bl
 
 def _most_draws(mixture: Mixture, task: TaskSize) -> int:
     bound = mixture.epoch_bound(task.benchmark)
+    # At least one, or a small bound would silence the small tasks of a benchmark and leave its large ones.
     return UNBOUNDED if bound is None else max(int(bound * task.documents), 1)
 
 
@@ -195,6 +204,7 @@ def _benchmarks(mixture: Mixture, tasks: Sequence[TaskSize]) -> list[_Benchmark]
     _check_names(mixture, shares, members)
     found = []
     for name, share in shares.items():
+        # A name without members is one that `skip_absent` lets pass, or _check_names would have refused it.
         if share.proportion == 0 or name not in members:
             continue
         here = [tasks[k] for k in members[name]]

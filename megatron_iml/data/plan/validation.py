@@ -35,21 +35,25 @@ def plan_faults(plan: Plan, corpus: Corpus) -> Iterator[str]:
         name: np.zeros(len(corpus.task_records), dtype=np.int64)
         for name in ("packed", "truncated", "tokens", "target_tokens", "shared_tokens")
     }
-    times_D = np.zeros(corpus.num_documents, dtype=np.uint16)
+    # A document of a small task with a large proportion may come more than 65,535 times.
+    times_D = np.zeros(corpus.num_documents, dtype=np.uint32)
     for start in range(0, plan.num_rows, STRETCH_ROWS):
         rows = range(start, min(start + STRETCH_ROWS, plan.num_rows))
         entries = plan.entries_E[plan.row_starts[rows.start] : plan.row_starts[rows.stop]]
         row_E = np.repeat(np.array(rows), np.diff(plan.row_starts[rows.start : rows.stop + 1]))
         faults = list(_entry_faults(plan, corpus, entries, row_E))
         yield from faults
+        # Sums over entries that point nowhere would blame whatever they hit.
         if not faults:
             yield from _row_faults(plan, corpus, entries, row_E, tally)
+            # Not `times_D[...] += 1`, which counts a document once however often it comes in the stretch.
             np.add.at(times_D, entries["document"], 1)
     yield from _ledger_faults(plan, corpus, tally, times_D)
 
 
 def _lengths(plan: Plan, corpus: Corpus, entries: NDArray[np.void]) -> Lengths:
     documents, references = (entries[name].astype(np.int64) for name in ("document", "reference"))
+    # As PackingConfig.limit has it, from what the plan says of itself.
     limit = min(plan.row_length, plan.max_positions) + 1
     return Lengths(*corpus.lengths(documents, references), limit)
 
@@ -70,6 +74,7 @@ def _entry_faults(plan: Plan, corpus: Corpus, entries: NDArray[np.void], row_E: 
             f"{entries['cut'][bad]}, expected {lengths.length_N[bad]} and {lengths.cut_N[bad]}"
         )
     shared, trunk = entries["shared"].astype(np.int64), entries["trunk"].astype(np.int64)
+    # row_E ascends, so that a search for each row in itself finds where the row begins.
     place_E = np.arange(len(entries)) - np.searchsorted(row_E, row_E)
     # What a document shares, it shares with the one before it; no document stores its last token.
     before_E = np.concatenate(([0], lengths.length_N[:-1] - 1))
@@ -79,6 +84,7 @@ def _entry_faults(plan: Plan, corpus: Corpus, entries: NDArray[np.void], row_E: 
             f"row {row_E[bad]}: document {documents[bad]} shares {shared[bad]} tokens with entry {trunk[bad]}"
         )
         return
+    # The trunk is the entry before, as has been checked above.
     for branch in np.flatnonzero(shared).tolist():
         one, other = (
             corpus.tokens(int(entries["document"][e]), int(entries["reference"][e]))[0][entries["cut"][e] :][
@@ -97,6 +103,7 @@ def _row_faults(
     lengths, shared = _lengths(plan, corpus, entries), entries["shared"].astype(np.int64)
     last_E = lengths.length_N - 1
     pairs_E = (last_E * (last_E + 1) - shared * (shared + 1)) // 2
+    # No row is empty, as row_starts has been found to rise, so every row of the stretch starts somewhere.
     starts_R = np.flatnonzero(np.diff(row_E, prepend=-1))
     rows = slice(int(row_E[0]), int(row_E[-1]) + 1)
     for what, stored_R, values_E in (
@@ -122,7 +129,7 @@ def _row_faults(
 
 
 def _ledger_faults(
-    plan: Plan, corpus: Corpus, tally: dict[str, Int64], times_D: NDArray[np.uint16]
+    plan: Plan, corpus: Corpus, tally: dict[str, Int64], times_D: NDArray[np.uint32]
 ) -> Iterator[str]:
     for k, task in enumerate(corpus.task_records):
         line: dict[str, Any] | None = plan.ledger.get(task.name)
@@ -135,6 +142,7 @@ def _ledger_faults(
                 yield f"{task.name}: {counts_K[k]} {name}, the ledger says {line[name]}"
         if line["drawn"] != line["packed"] + sum(line["dropped"].values()):
             yield f"{task.name}: the ledger does not close: {line}"
+        # Dropped documents count as drawn: the bound holds for those that are left.
         # Nothing comes twice before everything came once.
         most = -(-line["drawn"] // max(line["documents"], 1))
         times = int(times_D[task.first_document : task.stop_document].max(initial=0))

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
+from megatron_iml.data.jobs import write_json
 from megatron_iml.data.manifest import MANIFEST, read_manifest
 from megatron_iml.data.plan.balance import GROUP_ROWS
 from megatron_iml.data.plan.folder import ARRAYS, ENTRY, FORMAT_VERSION, MANIFEST_KEYS, Plan, plan_fingerprint
@@ -88,6 +88,7 @@ class _ArrayFile:
         # The rename comes next: a crash must not leave a full name on empty blocks.
         os.fsync(self._file.fileno())
         self._file.close()
+        # From the start again: the header came last, so no digest could be kept while writing.
         with self._path.open("rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
         return {"bytes": self._path.stat().st_size, "sha256": digest}
@@ -109,6 +110,7 @@ def finished_plan(folder: Path, fingerprint: str) -> dict[str, Any] | None:
             f"{folder} holds plan {found}, this one is {fingerprint}: made from another corpus, "
             "mixture, row length, number of rows or seed; remove it or choose another output folder"
         )
+    # Opened, not believed: files that were cut since must not pass for a finished plan.
     return Plan.open(folder).manifest
 
 
@@ -124,6 +126,7 @@ class PlanWriter:
         self._files = {
             name: _ArrayFile(self._partial / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()
         }
+        # Starts are one more than rows: `_write` adds the stop of each.
         self._files["row_starts"].append(np.zeros(1, dtype=np.int64))
         self.num_rows = self.num_entries = 0
         none = np.zeros(0, dtype=np.int64)
@@ -141,6 +144,7 @@ class PlanWriter:
         self.num_rows += len(rows.counts_R)
         groups, loose = rows.cut_groups()
         self._write(groups)
+        # Rows left over are near the mean of their window (balance.py): any four of them are a good group.
         groups, self._loose = self._loose.join(loose).cut_groups()
         self._write(groups)
 
@@ -168,7 +172,7 @@ class PlanWriter:
             "files": {name: file.close() for name, file in self._files.items()},
             "ledger": ledger,
         }
-        (self._partial / MANIFEST).write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        write_json(self._partial / MANIFEST, manifest)
         # An empty folder may stand there, which finished_plan allows and a rename replaces.
         self._partial.rename(self._folder)
         return manifest

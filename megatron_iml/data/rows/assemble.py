@@ -57,6 +57,7 @@ def _plain_targets(slots: Slots, firsts_N: Int64, joined: NDArray[np.integer]) -
     """Return targets of a row without branches; `joined` holds all tokens, the unread last ones included."""
     slots_N = slots.stops_N - slots.starts_N
     # Slot s of piece n has its next token at s + n + 1 of `joined`: n unread tokens lie before it.
+    # The slot at position p holds token p and predicts token p + 1.
     is_target = slots.positions_T[: slots.num_real] >= np.repeat(firsts_N - 1, slots_N)
     rows_M = np.flatnonzero(is_target)
     piece_M = np.repeat(np.arange(len(slots_N)), slots_N)[rows_M]
@@ -70,7 +71,9 @@ def _tree_targets(slots: Slots, firsts_N: Int64, pieces: Sequence[Piece]) -> tup
     for n, (piece, first) in enumerate(zip(pieces, firsts_N.tolist(), strict=True)):
         # Token j is predicted by the slot of token j - 1, which may lie in the prefix.
         if n in slots.prefixes:
+            # Nothing where the source reaches the end of the prefix or beyond.
             rows.append(slots.prefixes[n][first - 1 :])
+        # Of its own slots all predict, unless the source goes on in them.
         own_start = slots.starts_N[n] + max(first - 1 - piece.shared, 0)
         rows.append(all_slots[own_start : slots.stops_N[n]])
         ids.append(piece.tokens[first:])
@@ -94,6 +97,7 @@ def assemble_row(pieces: Sequence[Piece], row_length: int, index: int) -> Row:
     trunks_N = _integers((piece.trunk for piece in pieces), count)
     slots = allot_slots(lengths_N, shared_N, trunks_N, row_length)
     firsts_N = _integers((max(piece.source_length, 1) for piece in pieces), count)
+    # Without a target a document would only cost: the plan drops such ones.
     assert (firsts_N < lengths_N).all(), "a document needs a target after its source"
 
     # OPT's own padding id; its embedding is never used, since padding sees and is seen by nobody.

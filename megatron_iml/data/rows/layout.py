@@ -73,9 +73,11 @@ def allot_slots(lengths_N: Int64, shared_N: Int64, trunks_N: Int64, row_length: 
     num_real = int(stops_N[-1]) if len(stops_N) else 0
     assert num_real <= row_length, f"{len(slots_N)} documents take {num_real} slots, the row has {row_length}"
 
+    # 0 for padding too: the position table has a row for it, and nobody sees what it gives.
     positions_T = np.zeros(row_length, dtype=np.int32)
     # Padding first: end[col] = col hides a column even from itself.
     end_T = np.arange(row_length, dtype=np.int32)
+    # Slot minus start counts from 0; a branch counts on from the tokens it shares.
     positions_T[:num_real] = np.arange(num_real) - np.repeat(starts_N - shared_N, slots_N)
     end_T[:num_real] = np.repeat(stops_N, slots_N)
     prefixes = _extend_trunks(starts_N, stops_N, shared_N, trunks_N, end_T)
@@ -90,12 +92,14 @@ def _extend_trunks(
     all_slots = np.arange(len(end_T))
     prefixes: dict[int, Int64] = {}
     paths: dict[int, Int64] = {}  # of trunks: prefix and own slots, in the order of their tokens
+    # In the order of the row: a trunk that is a branch itself has its prefix by then.
     for branch in np.flatnonzero(trunks_N >= 0).tolist():
         trunk, shared, start = int(trunks_N[branch]), int(shared_N[branch]), int(starts_N[branch])
         assert trunk < branch, f"piece {branch} hangs on piece {trunk}, which is not before it"
         if trunk not in paths:
             own = all_slots[starts_N[trunk] : stops_N[trunk]]
             paths[trunk] = np.concatenate((prefixes[trunk], own)) if trunk in prefixes else own
+        # A path is one slot a token, so the first `shared` slots are those of the shared tokens.
         prefix_P = paths[trunk][:shared]
         assert len(prefix_P) == shared > 0, (
             f"piece {branch} shares {shared}, its trunk has {len(prefix_P)} slots"

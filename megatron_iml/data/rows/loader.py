@@ -7,7 +7,6 @@ Nothing is kept from row to row, so going on after a stop is asking for the next
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_iml.data.corpus.folder import Corpus
 from megatron_iml.data.plan.folder import Plan
@@ -34,7 +33,9 @@ class Loader:
         lengths_N, shared_N, trunks_N = (
             entries[name].astype(np.int64) for name in ("length", "shared", "trunk")
         )
+        # The same function as in `row`: stages that read no tokens must not see another mask.
         slots = allot_slots(lengths_N, shared_N, trunks_N, self.plan.row_length)
+        # Counting targets would take the lengths of sources, which are in the corpus.
         return slots.layout(row, int(self.plan.targets_R[row]))
 
     def row(self, row: int) -> Row:
@@ -42,9 +43,11 @@ class Loader:
         pieces = []
         for document, cut, reference, length, shared, trunk in self.plan.entries(row).tolist():
             tokens, source_length = self.corpus.tokens(document, reference)
+            # Fingerprints are of manifests: this catches other bytes under the same one.
             assert len(tokens) - cut == length, (
                 f"document {document}: {len(tokens)} - {cut} tokens, plan {length}"
             )
+            # Cut from the left, so all that is lost is source.
             pieces.append(Piece(tokens[cut:], source_length - cut, trunk, shared))
         assembled = assemble_row(pieces, self.plan.row_length, row)
         expected = int(self.plan.targets_R[row])
@@ -52,7 +55,3 @@ class Loader:
         found = assembled.layout.num_targets
         assert found == expected, f"row {row} has {found} targets, the plan says {expected}"
         return assembled
-
-    def document_ids(self, row: int) -> NDArray[np.int64]:
-        """Return the documents of a row in the order in which they lie."""
-        return self.plan.entries(row)["document"].astype(np.int64)

@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from corpora import lengths_document, plan_of, write_corpus, write_lengths
 
@@ -217,7 +218,7 @@ def test_a_killed_build_leaves_nothing_and_the_next_one_the_same_bytes(tmp_path:
     corpus = write_lengths(tmp_path / "corpus", {"A__b__c": lengths})
     command = [sys.executable, Path(__file__).parents[3] / "tools/preprocess/build_plan.py"]
     command += ["--input", corpus.folder, "--once", "--row-length", "256", "--window", "500"]
-    command += ["--output", tmp_path / "plan"]
+    command += ["--output", tmp_path / "plan", "--workers", "2"]
     partial = tmp_path / ".plan.partial" / "entries.npy"
     with subprocess.Popen(command) as process:
         deadline = time.monotonic() + 60
@@ -225,7 +226,12 @@ def test_a_killed_build_leaves_nothing_and_the_next_one_the_same_bytes(tmp_path:
             assert process.poll() is None, "the build ended before it could be killed"
             assert time.monotonic() < deadline, "the build has written nothing"
             time.sleep(0.005)
+        workers = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
+    # Nobody told them to end, and they would hold their memory for good.
+    assert len(workers) >= 2
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
     assert not (tmp_path / "plan").exists()
     subprocess.run(command, check=True)
     assert not partial.exists()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import EllipsisType
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_sound_ones_pass(corpus: Corpus, plan: Plan, mixed_corpus: Corpus, tmp_p
     assert list(plan_faults(plan_of(mixed_corpus, once, tmp_path / "once"), mixed_corpus)) == []
 
 
-def broken(plan: Plan, name: str, index: int, value: object) -> Plan:
+def broken(plan: Plan, name: str, index: int | EllipsisType, value: object) -> Plan:
     """The plan with one element of one array replaced."""
     path = plan.folder / f"{name}.npy"
     array = np.load(path)
@@ -99,3 +100,13 @@ def test_faults_of_the_ledger(corpus: Corpus, plan: Plan) -> None:
     assert any(fault.startswith("A__x__alike: the ledger does not close") for fault in faults)
     assert any("draws allow 1" in fault for fault in faults)
     assert any("but the ledger has no such task" in fault for fault in faults)
+
+
+def test_a_document_that_comes_more_often_than_16_bits_hold(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "two", {"A__x__y": [lengths_document(0, 2)] * 2})
+    plan = plan_of(corpus, PackingConfig(Mixture(), row_length=8192, rows=17, seed=1), tmp_path / "often")
+    assert list(plan_faults(plan, corpus)) == []
+    entries = plan.entries_E.copy()
+    entries["document"] = 0
+    _, fault = plan_faults(broken(plan, "entries", ..., entries), corpus)
+    assert fault == "A__x__y: a document comes 139264 times, 139264 draws allow 69632"

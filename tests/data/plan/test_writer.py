@@ -1,5 +1,6 @@
 """Writing plans: whatever comes in pieces is one .npy file, and its header fits numbers of any size."""
 
+import os
 from hashlib import sha256
 from pathlib import Path
 
@@ -66,3 +67,15 @@ def test_an_empty_folder_is_filled_and_a_file_is_not(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("notes")
     with pytest.raises(ValueError, match="file exists and holds no plan; choose another output folder"):
         finished_plan(tmp_path / "file", "any")
+
+
+def test_every_file_is_on_disk_before_the_plan_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    with PlanWriter(tmp_path / "plan", ORIGIN) as writer:
+        writer.append(rows(7))
+        writer.close({})
+    # The manifest too: a plan whose manifest is empty blocks would neither open nor be built again.
+    assert {path.stat().st_ino for path in (tmp_path / "plan").iterdir()} == synced
