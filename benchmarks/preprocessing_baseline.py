@@ -20,6 +20,7 @@ import tokenizers
 
 from megatron_iml.data.bench.chunks import read_chunks
 from megatron_iml.data.bench.folder import Bench
+from megatron_iml.data.corpus.tokenizer import Tokenizer
 from megatron_iml.data.corpus.workers import EncodedChunk, encode_chunk
 
 
@@ -49,9 +50,10 @@ def baseline(lines: list[bytes], folder: Path, output: Path) -> list[int]:
 def encode(bench: Bench, tokenizer: Path, documents: int) -> list[EncodedChunk]:
     """Our encoder on at least as many documents."""
     encoded: list[EncodedChunk] = []
+    loaded = Tokenizer.load(tokenizer)
     for entry in bench.files("train"):
         for chunk in read_chunks(bench, entry):
-            encoded.append(encode_chunk(chunk, tokenizer, "gigatoken"))
+            encoded.append(encode_chunk(chunk, loaded))
             if sum(piece.examples for piece in encoded) >= documents:
                 return encoded
     return encoded

@@ -51,6 +51,7 @@ class BuildConfig:
 def group_into_shards(entries: list[BenchFile], shard_examples: int) -> list[list[BenchFile]]:
     """Group whole tasks, in their order, until a shard has `shard_examples` or more."""
     shards: list[list[BenchFile]] = []
+    # Whole tasks only: a task's documents are then one range of one shard.
     # Full before the first task, so that it opens the first shard.
     held = shard_examples
     for entry in entries:
@@ -84,6 +85,7 @@ def _write_shard(
         total["target_tokens"] += documents.target_tokens
         advance(chunk.examples, len(documents.ids_T))
     for entry in entries:
+        # The bytes are those of the manifest by now; the number beside them may still be another.
         if totals[entry.file]["examples"] != entry.examples:
             raise ValueError(
                 f"{entry.file} has {totals[entry.file]['examples']} rows, the bench manifest says "
@@ -111,6 +113,7 @@ def _number_tasks(entries: list[BenchFile], records: list[dict[str, Any]]) -> li
                 target_tokens=total["target_tokens"],
             )
         )
+        # Documents, not examples: references that change the source's ids become documents of their own.
         first += total["documents"]
     return tasks
 
@@ -122,6 +125,7 @@ def _verify_tokenizer(bench: Bench, entries: list[BenchFile], tokenizer: Tokeniz
     texts = []
     for entry in entries[::stride]:
         for row in islice(bench.rows(entry), VERIFY_ROWS_PER_FILE):
+            # Source and target in one, as they are encoded where their parts may merge.
             texts.append(f"{row['src'].rstrip(' ')} {row['tgt'].rstrip()}")
     return tokenizer.verify(texts)
 
@@ -154,6 +158,7 @@ def build_corpus(
     mine = [(number, group) for number, group in enumerate(shards) if config.job.owns(number)]
     start(sum(entry.examples for _, group in mine for entry in group))
     with claim(folder, shared=config.job.is_share):
+        # Under the claim, or another process could finish between the look and the work.
         finished = _finished_manifest(folder, origin)
         if finished is not None:
             return finished
@@ -179,12 +184,14 @@ def _build_shards(
             stem = config.output / config.split / f"shard-{number:05d}"
             record = finished_record(stem.with_suffix(".json"), origin)
             if record is None:
+                # Jobs share the folder, so each shard needs a holder of its own: SLURM may start a job twice.
                 with claim(stem):
                     chunks = (chunk for entry in group for chunk in read_chunks(bench, entry))
                     # Two for each worker: one that it works on and one that waits.
                     ahead = 2 * config.workers
-                    encoded = encode_in_order(chunks, config.tokenizer, config.backend, pool, ahead)
+                    encoded = encode_in_order(chunks, tokenizer, config.tokenizer, pool, ahead)
                     record = {"origin": origin, **_write_shard(stem, group, tokenizer, encoded, advance)}
+                    # Last: the record says that both files stand whole under their names.
                     write_json(stem.with_suffix(".json"), record)
             else:
                 advance(sum(entry.examples for entry in group), record["shard"]["tokens"])
@@ -202,6 +209,7 @@ def _write_manifest(
     content = {
         "format_version": FORMAT_VERSION,
         "origin": origin,
+        # What a run must know of it: neither packing nor training reads the tokenizer itself.
         "tokenizer": {
             "sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
@@ -211,6 +219,7 @@ def _write_manifest(
         "shards": [record["shard"] for record in records],
         "tasks": [asdict(task) for task in tasks],
     }
+    # Over the digests of all shards, and so over every token.
     manifest = {"fingerprint": canonical_digest(content), **content}
     write_json(folder / MANIFEST, manifest)
     for record in records:  # only a build that is under way needs them

@@ -70,6 +70,7 @@ def encode_documents(
         source = source.rstrip(" ")
         apart = _encodes_apart(source)
         texts.append(source)
+        # The space stands there without a source too: OPT-IML's trainer joined whatever the source was.
         prefix = " " if apart else source + " "
         texts.extend([prefix + target.rstrip() for target in targets])
         joint.append(not apart)
@@ -77,6 +78,7 @@ def encode_documents(
     pieces = iter(_with_eos(tokenizer, texts))
     documents = []
     for (_, targets), is_joint in zip(examples, joint, strict=True):
+        # Every text has got its `</s>`, which a source does not end with.
         source_ids = next(pieces)[:-1]
         target_ids = [next(pieces) for _ in targets]
         if is_joint:
@@ -123,11 +125,13 @@ def _encode_apart(tokenizer: Tokenizer, examples: Sequence[tuple[str, Sequence[s
         is_target.extend([True] * len(targets))
     ids, offsets = tokenizer.encode_flat(texts)
     is_target_S = np.array(is_target)
+    # Room for `</s>` behind every target.
     sizes_S = np.diff(offsets) + is_target_S
     ids_T = np.empty(len(ids) + np.count_nonzero(is_target_S), dtype=np.uint16)
     is_eos_T = np.zeros(len(ids_T), dtype=bool)
     is_eos_T[(np.cumsum(sizes_S) - 1)[is_target_S]] = True
     ids_T[is_eos_T] = tokenizer.eos_id
+    # All other places, in their order, take the ids as they come.
     ids_T[~is_eos_T] = ids
     return FlatDocuments(
         ids_T, sizes_S.astype(np.int32), np.array(counts, dtype=np.int32), int(sizes_S[is_target_S].sum())
@@ -163,6 +167,7 @@ def _split_joint(source: UInt16, joint: Sequence[UInt16]) -> list[EncodedDocumen
     """Split source + target encodings at the source's own length; group those that keep the source's ids."""
     # At least `</s>` stays a target, even where joining made fewer tokens of everything.
     splits = [min(len(source), len(ids) - 1) for ids in joint]
+    # What is kept begins with the ids that the source has alone, so one stored source serves all of these.
     kept = [i for i, ids in enumerate(joint) if np.array_equal(ids[: splits[i]], source)]
     documents = [
         EncodedDocument(joint[i][: splits[i]], (joint[i][splits[i] :],), (i,)) for i in range(len(joint))
@@ -177,6 +182,7 @@ def _split_joint(source: UInt16, joint: Sequence[UInt16]) -> list[EncodedDocumen
 def _with_eos(tokenizer: Tokenizer, texts: Sequence[str]) -> list[UInt16]:
     """Encode texts, each with `</s>` at its end; views of one array, so that no ids are copied one by one."""
     ids, offsets = tokenizer.encode_flat(texts)
+    # Every text is one id longer than it was, so text n ends n + 1 later.
     stops = offsets[1:] + np.arange(1, len(offsets))
     with_eos = np.empty(len(ids) + len(texts), dtype=np.uint16)
     is_text = np.ones(len(with_eos), dtype=bool)

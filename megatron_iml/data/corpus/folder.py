@@ -54,6 +54,7 @@ class CorpusTask:
 
 def canonical_digest(value: object) -> str:
     """Return the SHA-256 of a value's JSON with sorted keys."""
+    # Sorted, since the same content may come from a dictionary of another order.
     return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -69,6 +70,7 @@ class Corpus:
         self.task_records = tuple(CorpusTask(**task) for task in manifest["tasks"])
         self.tasks = {task.name: task.documents for task in self.task_records}
         self.shards = shards
+        # A list, and the end of the last shard in it: a bisection on it is far quicker than on a short array.
         self._first_documents = np.cumsum([0] + [shard.num_documents for shard in shards]).tolist()
         self.num_documents: int = self._first_documents[-1]
 
@@ -86,6 +88,7 @@ class Corpus:
                 f"{folder / MANIFEST} was changed after it was written: its fingerprint differs; remove "
                 f"{folder} and build it anew with tools/preprocess/build_corpus.py"
             )
+        # Their sizes are checked as they are mapped; digests are the business of corpus_faults, being slow.
         shards = [Shard(folder / shard["name"]) for shard in manifest["shards"]]
         for shard, record in zip(shards, manifest["shards"], strict=True):
             if (shard.num_documents, len(shard.sizes_S)) != (record["documents"], record["sequences"]):
@@ -107,12 +110,8 @@ class Corpus:
     def num_references(self, document: int) -> int:
         """Return how many targets a document has; 1 for one without a source."""
         _, first, stop = self._locate(document)
+        # A document of one sequence has no source: what it has is its target.
         return max(stop - first - 1, 1)
-
-    def reference_length(self, document: int, reference: int) -> int:
-        """Return the tokens of one target, its `</s>` included."""
-        shard, first, stop = self._locate(document)
-        return int(shard.sizes_S[first if stop - first == 1 else first + 1 + reference])
 
     def tokens(self, document: int, reference: int) -> tuple[UInt16, int]:
         """Return source and target of a document, a uint16 copy [L], and how many of them are source."""
@@ -125,7 +124,9 @@ class Corpus:
 
     def _boundaries(self, documents_N: Int64) -> Iterator[tuple[Shard, NDArray[np.bool_], Int64, Int64]]:
         """Yield each shard with which of the documents it holds, and their first and last sequences there."""
+        # The last edge is the number of documents, beyond all of them, so it names no shard.
         shard_of_N = np.searchsorted(self._first_documents, documents_N, side="right") - 1
+        # Shard by shard: a window's documents come from all of them, and each is indexed once.
         for number in np.unique(shard_of_N).tolist():
             shard, here_N = self.shards[number], shard_of_N == number
             local = documents_N[here_N] - self._first_documents[number]
@@ -135,6 +136,7 @@ class Corpus:
         """Return how many targets each of these documents has, int64 [N]."""
         counts_N = np.empty(len(documents_N), dtype=np.int64)
         for _, here_N, first, last in self._boundaries(documents_N):
+            # `last - first` is all sequences but the source.
             counts_N[here_N] = np.maximum(last - first, 1)
         return counts_N
 
@@ -148,5 +150,6 @@ class Corpus:
             # One sequence alone is a target: pretraining text has no source.
             has_source = last > first
             sources_N[here_N] = np.where(has_source, shard.sizes_S[first], 0)
+            # References are counted behind the source, and nothing is counted where there is none.
             targets_N[here_N] = shard.sizes_S[first + np.where(has_source, 1 + references_N[here_N], 0)]
         return sources_N, targets_N

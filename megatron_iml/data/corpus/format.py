@@ -27,8 +27,10 @@ from megatron_iml.data.files import HashingFile
 UInt16 = NDArray[np.uint16]
 
 MAGIC = b"MMIDIDX\x00\x00"
+# "<" packs without gaps: 34 bytes, so that no array behind it is aligned. numpy reads them all the same.
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 VERSION = 1
+# megatron-core's DType.uint16. Its `modes` behind the boundaries belong to multimodal data alone.
 DTYPE_CODE_UINT16 = 8
 TOKEN_BYTES = 2
 COPY_ELEMENTS = 1 << 20  # index arrays are written in slices of this many, so that memory stays flat
@@ -90,6 +92,7 @@ class ShardWriter:
         self._counts_file.close()
         idx_partial = self._stem.with_suffix(".idx.partial")
         idx_sha256 = self._write_index(idx_partial)
+        # Only now under their names: a build that was killed leaves nothing that could be opened.
         self._bin.path.replace(self._stem.with_suffix(".bin"))
         idx_partial.replace(self._stem.with_suffix(".idx"))
         self._sizes_path.unlink()
@@ -120,6 +123,7 @@ def _running_starts(path: Path) -> Iterator[NDArray[np.int64]]:
     """Yield, slice by slice, where each element starts when all are laid end to end: 2 2 3 -> 0 2 4."""
     start = 0
     for sizes in _slices(path):
+        # In 64 bits: each size fits 32, a shard's tokens need not.
         stops = start + np.cumsum(sizes, dtype=np.int64)
         yield stops - sizes
         start = int(stops[-1])

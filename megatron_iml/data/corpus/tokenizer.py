@@ -107,6 +107,7 @@ class Tokenizer:
         digest = hashlib.sha256(vocab.read_bytes() + merges.read_bytes()).hexdigest()
         # Parsed here first: tokenizers says of a broken file no more than a bare Exception.
         json_object(vocab)
+        # No prefix space, as OPT-IML's trainer: the first word of a text has the ids of a first word.
         reference = tokenizers.ByteLevelBPETokenizer.from_file(
             str(vocab), str(merges), add_prefix_space=False
         )
@@ -130,6 +131,7 @@ class Tokenizer:
         self._characters += sum(map(len, texts))
         if self._characters > RENEWAL_CHARACTERS:
             self._renew()
+        # An awkward array: ids end to end and offsets into them, of which the first need not be 0.
         layout = self._fast.encode_batch(list(texts)).layout
         offsets = np.asarray(layout.offsets.data).astype(np.int64)
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(np.int32), offsets - offsets[
@@ -154,6 +156,7 @@ class Tokenizer:
         expected_T, expected_offsets = self._encode_flat_reference(sample)
         if np.array_equal(offsets, expected_offsets) and np.array_equal(ids_T, expected_T):
             return len(sample)
+        # One by one, to name the text: somebody has to reproduce it.
         for text in sample:
             got, want = self.encode(text).tolist(), self._encode_flat_reference([text])[0].tolist()
             if got != want:
@@ -196,6 +199,7 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, folder: Path) ->
     trained.train_from_iterator(
         texts, vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False
     )
+    # Merging ends where no pair of symbols is left that comes twice.
     if trained.get_vocab_size() < vocab_size:
         raise ValueError(
             f"the texts only give {trained.get_vocab_size()} entries, vocab_size asks for {vocab_size}; "

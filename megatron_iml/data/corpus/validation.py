@@ -50,6 +50,7 @@ def corpus_faults(corpus: Corpus) -> Iterator[str]:
     for shard, record in zip(corpus.shards, corpus.manifest["shards"], strict=True):
         stem = corpus.folder / record["name"]
         for kind in ("bin", "idx"):
+            # Goes on after a wrong digest: what follows says where the bytes differ from what they should be.
             yield from digest_faults(stem.with_suffix(f".{kind}"), record[f"{kind}_sha256"])
         for start in range(0, shard.num_documents, STRETCH):
             stop = min(start + STRETCH, shard.num_documents)
@@ -77,11 +78,16 @@ def _stretch_faults(shard: Shard, start: int, stop: int, vocab_size: int, eos_id
         return
     here = slice(int(bounds_D[0]), int(bounds_D[-1]))
     sizes_S, pointers_S = shard.sizes_S[here].astype(np.int64), shard.pointers_S[here]
-    stops_S = pointers_S // TOKEN_BYTES + sizes_S
-    if (bad := first_true((stops_S[:-1] * TOKEN_BYTES != pointers_S[1:]) | (sizes_S[1:] < 1))) is not None:
-        yield f"sequence {here.start + bad + 1} does not begin where the one before it ends, or is empty"
+    stops_S = pointers_S + sizes_S * TOKEN_BYTES
+    # The sequence before the stretch counts too, or two stretches might lie apart.
+    before = here.start - 1
+    end = int(shard.pointers_S[before]) + int(shard.sizes_S[before]) * TOKEN_BYTES if here.start else 0
+    expected_S = np.concatenate(([end], stops_S[:-1]))
+    if (bad := first_true((pointers_S != expected_S) | (sizes_S < 1))) is not None:
+        yield f"sequence {here.start + bad} does not begin where the one before it ends, or is empty"
         return
-    tokens_T = shard.tokens_T[int(pointers_S[0]) // TOKEN_BYTES : int(stops_S[-1])]
+    # They lie end to end, as is known by now, so one cut holds them all.
+    tokens_T = shard.tokens_T[end // TOKEN_BYTES : int(stops_S[-1]) // TOKEN_BYTES]
     if (bad := first_true(tokens_T >= vocab_size)) is not None:
         yield f"id {tokens_T[bad]} in documents {start} to {stop}, the vocabulary has {vocab_size}"
     # All but the sources: those that begin a document of several sequences.
@@ -98,4 +104,5 @@ def _document_tokens(shard: Shard, start: int, stop: int) -> tuple[Int64, Int64]
     bounds_D = shard.boundaries_D[start : stop + 1]
     sizes_S = shard.sizes_S[int(bounds_D[0]) : int(bounds_D[-1])].astype(np.int64)
     firsts_D = bounds_D[:-1] - bounds_D[0]
+    # Every document has a sequence, as has been checked: reduceat would give one without its neighbour's.
     return np.add.reduceat(sizes_S, firsts_D), np.where(np.diff(bounds_D) > 1, sizes_S[firsts_D], 0)

@@ -30,7 +30,7 @@ class EncodedChunk:
     documents: FlatDocuments
 
 
-def encode_chunk(chunk: Chunk, tokenizer: Path, backend: Backend) -> EncodedChunk:
+def encode_chunk(chunk: Chunk, tokenizer: Tokenizer) -> EncodedChunk:
     """Parse and encode a chunk; raise ValueError with file and line for a row that is not one."""
     examples = []
     # Not splitlines: it also cuts at a carriage return.
@@ -38,27 +38,32 @@ def encode_chunk(chunk: Chunk, tokenizer: Path, backend: Backend) -> EncodedChun
     for number, line in enumerate(lines, start=chunk.first_line):
         try:
             row = orjson.loads(line)
+            # `references` holds `tgt` too, as its first; it is there only where there are several.
             examples.append((row["src"], row.get("references") or [row["tgt"]]))
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{chunk.path}:{number}: got {line[:60]!r}, expected an object with src and tgt "
                 f"({error!r}); build the bench anew"
             ) from error
-    documents = encode_flat_documents(_tokenizer_of_process(tokenizer, backend), examples)
+    documents = encode_flat_documents(tokenizer, examples)
     return EncodedChunk(chunk.entry, len(examples), documents)
 
 
 def encode_in_order(
-    chunks: Iterator[Chunk], tokenizer: Path, backend: Backend, pool: ProcessPoolExecutor | None, ahead: int
+    chunks: Iterator[Chunk], tokenizer: Tokenizer, folder: Path, pool: ProcessPoolExecutor | None, ahead: int
 ) -> Iterator[EncodedChunk]:
-    """Encode chunks in the pool, or here without one, at most `ahead` of them before the one yielded."""
+    """Encode chunks in the pool, or here without one, at most `ahead` of them before the one yielded.
+
+    Workers load `tokenizer` anew from its `folder`.
+    """
     if pool is None:
         for chunk in chunks:
-            yield encode_chunk(chunk, tokenizer, backend)
+            yield encode_chunk(chunk, tokenizer)
         return
     waiting: deque[Future[EncodedChunk]] = deque()
     for chunk in chunks:
-        waiting.append(pool.submit(encode_chunk, chunk, tokenizer, backend))
+        # Read here and sent: the digest of a file needs its bytes in order, so one process reads it.
+        waiting.append(pool.submit(_encode_in_worker, chunk, folder, tokenizer.backend))
         # Bounded, or a fast reader would hold the whole bench in memory.
         if len(waiting) > ahead:
             yield waiting.popleft().result()
@@ -67,6 +72,11 @@ def encode_in_order(
 
 
 @cache
-def _tokenizer_of_process(folder: Path, backend: Backend) -> Tokenizer:
-    """Load a tokenizer once per process: a worker cannot be sent one with every chunk."""
+def _tokenizer_of_worker(folder: Path, backend: Backend) -> Tokenizer:
+    """Load a tokenizer once per worker, which cannot be sent one with every chunk."""
     return Tokenizer.load(folder, backend)
+
+
+def _encode_in_worker(chunk: Chunk, folder: Path, backend: Backend) -> EncodedChunk:
+    # In workers alone, which end with their build: the folder may hold another tokenizer at the next one.
+    return encode_chunk(chunk, _tokenizer_of_worker(folder, backend))

@@ -14,6 +14,7 @@ from corpora import ROWS, build, write_bench
 
 from megatron_iml.data.corpus.build import BuildConfig, build_corpus
 from megatron_iml.data.corpus.folder import Corpus
+from megatron_iml.data.corpus.tokenizer import Tokenizer, train_byte_level_bpe
 from megatron_iml.data.jobs import Job, claim
 
 ROOT = Path(__file__).parents[3]
@@ -167,3 +168,16 @@ def test_two_runs_do_not_write_one_shard(config: BuildConfig, tmp_path: Path) ->
     ):
         build(replace(config, output=tmp_path))
     build(replace(config, output=tmp_path))
+
+
+def test_a_tokenizer_trained_anew_in_one_folder_is_the_one_used(config: BuildConfig, tmp_path: Path) -> None:
+    texts = [f"{row['src']} {row['tgt']}" for rows in ROWS.values() for row in rows]
+    sums = []
+    for number, repeated in enumerate(("What is", "Answer:")):
+        train_byte_level_bpe([*texts, *[repeated] * 500], vocab_size=290, folder=tmp_path / "tokenizer")
+        of_this = replace(config, tokenizer=tmp_path / "tokenizer", output=tmp_path / f"{number}")
+        built = build(of_this)
+        tokens, source_length = built.tokens(0, 0)
+        assert Tokenizer.load(of_this.tokenizer).decode(tokens[:source_length]) == "What is 0 + 0?\nAnswer:"
+        sums.append(built.manifest["shards"][0]["bin_sha256"])
+    assert sums[0] != sums[1]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from corpora import lengths_document, random_documents, write_corpus
 
+from megatron_iml.data.corpus import validation
 from megatron_iml.data.corpus.folder import Corpus, canonical_digest
 from megatron_iml.data.corpus.format import HEADER
 from megatron_iml.data.corpus.validation import corpus_faults
@@ -30,7 +31,9 @@ def change_bytes(path: Path, offset: int, value: bytes) -> None:
     path.write_bytes(data)
 
 
-def test_faults_of_a_corpus(corpus: Corpus) -> None:
+@pytest.mark.parametrize("stretch", [1, 1 << 15])
+def test_faults_of_a_corpus(corpus: Corpus, stretch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "STRETCH", stretch)
     path = corpus.folder / "shard-00000.bin"
     intact = path.read_bytes()
     # Document 0 is the text [2] alone; the end of it is no end any more.
@@ -43,8 +46,15 @@ def test_faults_of_a_corpus(corpus: Corpus) -> None:
     index = corpus.folder / "shard-00000.idx"
     sequences = len(corpus.shards[0].sizes_S)
     change_bytes(index, HEADER.size + 4 * sequences + 8 * 3, b"\x07")
-    _, fault = corpus_faults(Corpus.open(corpus.folder))
+    # Between two stretches as well as within one.
+    _, fault, *_ = corpus_faults(Corpus.open(corpus.folder))
     assert "sequence 3 does not begin where the one before it ends" in fault
+
+
+def test_an_empty_first_sequence(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", {"A__x__y": [[[], [5, 2]], lengths_document(3, 2)]})
+    (fault,) = corpus_faults(corpus)
+    assert fault == "shard-00000: sequence 0 does not begin where the one before it ends, or is empty"
 
 
 @pytest.mark.parametrize(
