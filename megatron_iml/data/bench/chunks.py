@@ -32,10 +32,12 @@ def read_chunks(bench: Bench, entry: BenchFile) -> Iterator[Chunk]:
     path, line = bench.path(entry), 1
     with path.open("rb") as file:
         while data := file.read(CHUNK_BYTES):
+            # To the end of the line that the cut goes through; a whole line more if it goes through none.
             data += file.readline()
             digest.update(data)
             yield Chunk(entry, path, line, data)
             line += data.count(b"\n")
+    # Its rows are out by now: nothing made of them may be put in place before the last chunk is asked for.
     if digest.hexdigest() != entry.sha256:
         raise ValueError(
             f"{path} was changed after the bench was built: SHA-256 {digest.hexdigest()}, the manifest says "

@@ -48,17 +48,21 @@ class BenchConfig:
 
     def tasks(self, drops: Drops) -> list[Task]:
         """Every task of every source under its category; examples are not read yet."""
+        # In the ledger and not only on the screen: a bench says by itself what it was made without.
         for folder in self.absent:
             drops.skip_file(folder, "optional source, folder not there")
+        # All of them first: what an `only_new` source keeps depends on every other, wherever it stands.
         read = [(source, list(read_source(source, drops))) for source in self.sources]
         return categorise(_without_repeats(read, drops), self.categories)
 
     def inputs_digest(self) -> str:
         """Changes with the sources, their options, the categories, and any file's name, size or date."""
+        # Names, sizes and dates, not contents: sources may be many gigabytes, and every start asks for this.
         files = [
             (path.relative_to(self.root.anchor).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
             for source in self.sources
             for folder in _inputs(source)
+            # The path itself as well: an option may name a file.
             for path in [folder, *sorted(folder.rglob("*"))]
             if path.is_file()
         ]
@@ -93,6 +97,7 @@ def _inputs(source: Source) -> list[Path]:
     """The folder of a source, and the files and folders that its options name (templates, instructions)."""
     if source.folder is None:
         return []
+    # Any text may be a path; what is none on disk is another kind of option.
     named = [source.folder / value for value in source.options.values() if isinstance(value, str) and value]
     return [source.folder, *(path for path in named if path.exists())]
 
@@ -127,6 +132,7 @@ def load_bench_config(path: Path, source_root: Path | None = None) -> BenchConfi
     if not present:
         raise FileNotFoundError(f"{path}: no source folder is in {root}; give the right --source-root")
     own = [path.parent / files["categories"]] if "categories" in files else []
+    # Beside the YAML file, wherever the sources are: another root is one of sources alone.
     splits = load_splits(path.parent / content["splits"])
     return BenchConfig(present, splits, load_categories(*own), root, absent)
 

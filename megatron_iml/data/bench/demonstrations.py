@@ -115,6 +115,7 @@ def _write_bench(bench: Bench, files: Sequence[BenchFile], how: Demonstrations, 
         written, repaired = _write_file(bench, entry, how, staging)
         entries.append(written)
         account = accounts.setdefault(entry.stem, {"read": 0, "written": {}, "dropped": {}, "repaired": {}})
+        # Nothing is dropped here: all that is read is written, so the ledger closes.
         account["read"] += entry.examples
         account["written"][entry.split] = entry.examples
         account["repaired"] = dict(sorted((Counter(account["repaired"]) + repaired).items()))
@@ -128,6 +129,7 @@ def with_demonstrations(row: BenchRow, shown: Sequence[BenchRow], separator: str
     """A row whose prompt shows others first; `instruction` still says how much of it is the task's."""
     instruction = row.get("instruction", 0)
     solved = [_solved(demonstration) for demonstration in shown]
+    # The separator stands in for the newlines between instruction and input.
     rest = row["src"][instruction:].lstrip("\n") if instruction else row["src"]
     parts = [row["src"][:instruction], *solved, rest] if instruction else [*solved, rest]
     return {**row, "src": separator.join(parts)}
@@ -135,6 +137,7 @@ def with_demonstrations(row: BenchRow, shown: Sequence[BenchRow], separator: str
 
 def _solved(row: BenchRow) -> str:
     source = row["src"][row.get("instruction", 0) :].lstrip("\n")
+    # One space, as the tokeniser's side joins source and target (corpus/encoding.py).
     return f"{source.rstrip(' ')} {row['tgt']}"
 
 
@@ -154,6 +157,7 @@ def _write_file(
 
 def _pool(bench: Bench, entry: BenchFile, size: int) -> list[BenchRow]:
     holders = {each.split: each for each in bench.entries if each.stem == entry.stem}
+    # A held-out task has no training file: then it is the other split of the two.
     for split in POOLS[entry.split]:
         if split in holders:
             return list(islice(bench.rows(holders[split]), size))
@@ -168,9 +172,11 @@ def _shown(
     how: Demonstrations,
     repaired: Counter[str],
 ) -> dict[str, Any]:
+    # A text has no question that demonstrations could stand before.
     if not row["src"].strip():
         return dict(row)
     key = f"{stem} {row['id']}"
+    # The number of shares at or below a draw from [0, 1]: with none at 0.0 it is all of `shots`.
     wanted = bisect(shares, instance_hash(how.seed, "number of shots", key) / 2**64)
     # Not itself, nor a row that asks the same: either would show the answer.
     others = _draw(pool, wanted, how.seed, key, row["src"])
@@ -178,6 +184,7 @@ def _shown(
         repaired[FEWER] += 1
     shown = with_demonstrations(row, others, how.separator)
     while others and len(shown["src"]) > how.longest_source:
+        # The one farthest from the question.
         others = others[1:]
         repaired[TOO_LONG] += 1
         shown = with_demonstrations(row, others, how.separator)
@@ -187,7 +194,8 @@ def _shown(
 def _draw(pool: Sequence[BenchRow], wanted: int, seed: int, key: str, source: str) -> list[BenchRow]:
     """`wanted` distinct rows of the pool, in an order that follows from the key, none with this source."""
     drawn: dict[int, BenchRow] = {}
-    # Twice as many tries as rows find all of a small pool but for bad luck, and end on any pool.
+    # Enough to find all of a small pool but for bad luck (5 of 5 rows: 999 times in 1,000), and an end where
+    # too few are to be had.
     for attempt in range(4 * (wanted + len(pool)) if wanted else 0):
         index = instance_hash(seed, f"demonstration {attempt}", key) % max(1, len(pool))
         if pool and index not in drawn and pool[index]["src"] != source:

@@ -81,6 +81,7 @@ def file_stem(benchmark: str, category: str, task: str) -> str:
     # A task may hold "__" and often does: readers split twice at most.
     safe.append(UNSAFE.sub("_", task))
     stem = "__".join(safe)
+    # A name of nothing but unsafe characters is blank by now, too.
     if not all(part.strip("_") for part in safe):
         raise ValueError(
             f"no file name for benchmark {benchmark!r}, category {category!r}, task {task!r}: one is blank"
@@ -127,14 +128,15 @@ class Bench:
         ]
 
     def path(self, entry: BenchFile) -> Path:
-        """Where the file of an entry lies."""
-        return self.folder / entry.file
+        """Where the file of an entry lies. Raises FileNotFoundError if it is gone."""
+        path = self.folder / entry.file
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is in the manifest but not on disk; build the bench anew")
+        return path
 
     def rows(self, entry: BenchFile) -> Iterator[BenchRow]:
         """Rows of a file in their order; a malformed one is a `ValueError` with file and line."""
         path = self.path(entry)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is in the manifest but not on disk; build the bench anew")
         for number, row in json_lines(path):
             yield _checked_row(path, number, row)
 
@@ -152,11 +154,13 @@ def verify_bench(folder: Path) -> Bench:
     bench = Bench.open(folder)
     tasks = bench.ledger()["tasks"]
     on_disk = {path.relative_to(folder).as_posix() for path in folder.glob("*/*.jsonl")}
+    # First, for a glob over the folder would train on such a file.
     if extra := on_disk - {entry.file for entry in bench.entries}:
         raise ValueError(
             f"{folder}: {len(extra)} files are not in the manifest, e.g. {min(extra)}; remove them"
         )
     for entry in bench.entries:
+        # Read as rows, so that each of them is checked.
         rows = sum(1 for _ in bench.rows(entry))
         with bench.path(entry).open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -197,6 +201,7 @@ def _entry(path: Path, index: int, entry: dict[str, Any]) -> BenchFile:
 
 
 def _checked_row(path: Path, number: int, row: dict[str, Any]) -> BenchRow:
+    # Row by row, for whoever reads rows like this compares no digest.
     for key in ("id", "src", "tgt"):
         if not isinstance(row.get(key), str):
             got = f"`{key}` is {row[key]!r}" if key in row else f"no `{key}`"
@@ -209,10 +214,12 @@ def _checked_row(path: Path, number: int, row: dict[str, Any]) -> BenchRow:
             raise ValueError(
                 f"{path}:{number}: `{key}` is {values!r}; it must be a list of texts; fix or remove it"
             )
+    # Not isinstance: `true` would pass.
     if type(row.get("instruction", 0)) is not int:
         raise ValueError(
             f"{path}:{number}: `instruction` is {row['instruction']!r}; it must be a number of characters"
         )
+    # Other keys pass: a bench from elsewhere may carry its own.
     return BenchRow(**row)  # type: ignore[typeddict-item]
 
 

@@ -34,13 +34,16 @@ def missing_names(splits: Splits, tasks: Sequence[Task]) -> list[str]:
             (splits.held_out_categories, categories, "category"),
             (splits.held_out_tasks, names, "task"),
             ([data_source(name) for name in splits.held_out_data_sources], sources, "data source"),
+            ([data_source(name) for name in splits.shared_data_sources], sources, "data source"),
             (splits.max_examples_of_benchmark, sorted({task.benchmark for task in tasks}), "benchmark"),
         )
+        # Only tasks have patterns: they are many, and those of one data set have names alike.
         for name in wanted
         if not any(fnmatchcase(each, name) if kind == "task" else each == name for each in known)
     ]
     held_out = splits.held_out_categories + splits.held_out_tasks + splits.held_out_data_sources
-    all_names = len(held_out) + len(splits.max_examples_of_benchmark)
+    # Not one name there: the file is one for other sources, and nothing would be held out.
+    all_names = len(held_out) + len(splits.shared_data_sources) + len(splits.max_examples_of_benchmark)
     if missing and (splits.missing_names == "refuse" or len(missing) == all_names):
         kind, name, known = missing[0]
         raise ValueError(f"splits: no {kind} {name!r} in the sources; {near(name, known)}")
@@ -54,6 +57,7 @@ def levels_of(splits: Splits, tasks: Sequence[Task]) -> list[Level | None]:
         ValueError: a held-out name does not exist; a task held out by name leaves its category nothing to
             train on.
     """
+    # For what it raises; build_bench.py asks again for what it returns.
     missing_names(splits, tasks)
     named = [_named_level(splits, task) for task in tasks]
     held_out = {
@@ -63,6 +67,7 @@ def levels_of(splits: Splits, tasks: Sequence[Task]) -> list[Level | None]:
         if level != "fully_supervised" and not task.evaluation_only
         for source in task.data_sources
     } - {data_source(name) for name in splits.shared_data_sources}
+    # Only what would be trained on is lost: a held-out task may share its source with another one.
     levels = [
         None if level == "fully_supervised" and not held_out.isdisjoint(task.data_sources) else level
         for task, level in zip(tasks, named, strict=True)

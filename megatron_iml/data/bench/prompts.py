@@ -47,4 +47,5 @@ def with_delimiter(source: str, seed: int, task: str, example_id: str) -> str:
 
 def clean_target(target: str) -> str:
     """The `tgt` of a row: no blanks at the end, no spaces at the start; may be empty."""
+    # A space at the start would stand beside the one that joins; a newline there is part of the answer.
     return target.rstrip().lstrip(" ")

@@ -96,8 +96,10 @@ def _checked(path: Path, key: str, value: object) -> Any:
         raise ValueError(
             f"{path}: unknown key {key!r}; {near(key, [field.name for field in fields(Splits)])}"
         )
+    # The type of the default says what a value may be.
     default = defaults[key]
     if isinstance(default, int):
+        # `true` is an int to Python.
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{path}: {key} is {value!r}; give a whole number")
         return value
@@ -134,6 +136,8 @@ def assign(
     # Ties are prompts of one instance, or repeated ids; the stable sort leaves them in the order of the file.
     order_N = np.argsort(instances_N, kind="stable")[: splits.cap(benchmark)]
     validation, test = _held_out_counts(splits, level, len(order_N))
+    # Evaluation takes the lowest hashes, the cap the lowest of all: a larger cap adds training rows and moves
+    # none, as long as the task is large enough for its evaluation.
     # Beyond the cap until said otherwise.
     split_N = np.full(len(instances_N), -1, np.int8)
     split_N[order_N] = SPLITS.index("train") if level == "fully_supervised" else -2
@@ -149,6 +153,7 @@ def assign(
 def _held_out_counts(splits: Splits, level: Level, examples: int) -> tuple[int, int]:
     """Validation and test instances of a task, scaled down together where the task is too small for both."""
     validation, test = splits.validation_examples_per_task, splits.test_examples_per_task
+    # What is not trained on may go to evaluation whole.
     room = examples if level != "fully_supervised" else int(examples * LARGEST_HELD_OUT_SHARE)
     if validation + test <= room:
         return validation, test

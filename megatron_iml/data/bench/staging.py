@@ -20,6 +20,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Raise ValueError where a bench may not be written: over anything else, or over a bench unasked."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
+    # Both: corpora and plans have a manifest as well.
     if not (output / MANIFEST).is_file() or not (output / LEDGER).is_file():
         raise ValueError(
             f"{output} holds something that is not a bench and is never replaced; give another --output"
@@ -48,6 +49,7 @@ def working_folder(
         shared: with other jobs of an array.
     """
     folder = unfinished_folder(output)
+    # Before looking: else two could find the place free, and each remove what the other writes.
     with claim(output, shared):
         check_output(output, overwrite)
         if not keep:
@@ -57,6 +59,7 @@ def working_folder(
         try:
             yield folder
         finally:
+            # What is kept is taken up by the next run, part by part.
             if not keep:
                 shutil.rmtree(folder, ignore_errors=True)
 

@@ -78,6 +78,8 @@ def build_bench(
     origin = inputs and hashlib.sha256(f"{inputs} {splits}".encode()).hexdigest()
     work = working_folder(output, overwrite=overwrite, keep=inputs is not None, shared=job.is_share)
     with work as folder, worker_pool(workers) as pool:
+        # In one tuple, so that pickling keeps them one object: the account, and the reader inside `task` that
+        # counts in it.
         works = [
             (task, stem, level, splits, drops.task(task.benchmark, task.name), origin, folder)
             for number, (task, stem, level) in enumerate(zip(tasks, stems, levels, strict=True))
@@ -87,6 +89,7 @@ def build_bench(
         for record in _in_order(pool, works):
             records.append(record)
             on_task()
+        # Records stay for the run of the whole, which alone has those of every task.
         if job.is_share:
             return None
         accounts = {stem: record["counts"] for stem, record in zip(stems, records, strict=True)}
@@ -102,6 +105,7 @@ def _in_order(pool: ProcessPoolExecutor | None, works: list[tuple[Any, ...]]) ->
         for work in works:
             yield _write_or_keep(*work)
     else:
+        # In the order of the tasks, whoever ends first: the manifest must not depend on the workers.
         for future in [pool.submit(_write_or_keep, *work) for work in works]:
             yield future.result()
 
@@ -140,6 +144,7 @@ def _distinct(texts: Sequence[str], counts: TaskCounts, kind: str) -> list[str]:
     """Cleaned texts without blank and repeated ones, in their order."""
     # dict and not set: the first reference is the one trained on, so the order counts.
     distinct = list(dict.fromkeys(text for text in map(clean_target, texts) if text))
+    # Where nothing is left the instance is dropped, which is counted elsewhere.
     if 0 < len(distinct) < len(texts):
         counts.repaired[f"blank or repeated {kind} removed"] += len(texts) - len(distinct)
     return distinct
@@ -157,11 +162,13 @@ def _write_or_keep(
     """Write a task and its record, unless both are there; return the record."""
     path = folder / "records" / f"{stem}.json"
     record = finished_record(path, origin)
+    # By size and not by digest: reading everything again would cost what a record is to save.
     if record is not None and all(
         (folder / "bench" / file).is_file() and (folder / "bench" / file).stat().st_size == size
         for file, size in record["bytes"].items()
     ):
         return record
+    # Jobs share the folder, so each task needs a holder of its own.
     with claim(path.with_suffix("")):
         entries = _write_task(task, stem, level, splits, counts, folder)
         counts.check_closes(stem)
@@ -180,6 +187,7 @@ def _write_or_keep(
 def _write_task(
     task: Task, stem: str, level: Level | None, splits: Splits, counts: TaskCounts, folder: Path
 ) -> list[BenchFile]:
+    # Beside the records: what a killed run leaves of it can never become part of the bench.
     spool = folder / "records" / f"{stem}.spool"
     # 8 bytes a hash; Python integers in a list would take 40.
     instances, sources, ids = array("Q"), array("Q"), array("Q")
@@ -187,6 +195,7 @@ def _write_task(
         for example in task.examples():
             row = render_row(example, task.metric, splits.seed, counts)
             if row is not None:
+                # By the task's own name: another category, which is part of the stem, moves no instance.
                 instances.append(instance_hash(splits.seed, task.name, example.instance or example.id))
                 # Pretraining text has no source of its own to compare.
                 sources.append(source_hash(example.source.strip() or row["tgt"]))
@@ -223,6 +232,7 @@ def _deal(spool: Path, split_N: np.ndarray, staging: Path, stem: str) -> list[tu
         lines = stack.enter_context(spool.open("rb"))
         files = [stack.enter_context(path.open("wb")) for path in paths]
         for line, split in zip(lines, split_N.tolist(), strict=True):
+            # A negative code is a drop, which the caller has counted.
             if split >= 0:
                 files[split].write(line)
                 digests[split].update(line)

@@ -42,3 +42,9 @@ def test_a_changed_file_is_refused_at_its_end(bench: Bench) -> None:
     next(chunks)
     with pytest.raises(ValueError, match="A__B__plain.jsonl was changed after the bench was built"):
         list(chunks)
+
+
+def test_a_file_that_is_gone(bench: Bench) -> None:
+    bench.path(bench.entries[1]).unlink()
+    with pytest.raises(FileNotFoundError, match="plain.jsonl is in the manifest but not on disk; build"):
+        next(read_chunks(bench, bench.entries[1]))

@@ -58,6 +58,9 @@ def test_unknown_names_are_errors_with_the_nearest_one():
         levels_of(Splits(held_out_categories=("Grammar",)), TASKS)
     with pytest.raises(ValueError, match="no data source 'race' in the sources"):
         levels_of(Splits(held_out_data_sources=("race",)), TASKS)
+    # Misspelt, it would leave a task out of training without a word.
+    with pytest.raises(ValueError, match="no data source 'copo' in the sources; did you mean 'copa'"):
+        levels_of(Splits(shared_data_sources=("copo",)), [*TASKS, task("c", "C", "copa")])
 
 
 def test_the_cap_of_an_unknown_benchmark_is_an_error():
