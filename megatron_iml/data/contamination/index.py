@@ -5,7 +5,7 @@ What enters: the rows of a bench's evaluation files. What leaves: a folder of ma
     three rows, n-grams {a, b}, {b, c}, {c}
     ->  hashes a b c      starts 0 1 3 5      rows 0 | 0 1 | 1 2      (each n-gram's rows)
 
-Building appends (hash, row) to 256 files by the first bits of the hash and sorts one after the other, so that
+Building appends (hash, row) to 128 files by the first bits of the hash and sorts one after the other, so that
 memory is that of one of them. A Bloom-like table of bits answers nearly all look-ups of absent n-grams
 without touching the hashes.
 
@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from megatron_iml.data.contamination.ngrams import Hashes
 
-BUCKET_BITS = 8
+# 128 buckets are open at once while rows come in; macOS lets a process have 256 files.
+BUCKET_BITS = 7
 PAIR = np.dtype([("hash", "<u8"), ("row", "<u4")])
 # One in 16 bits is set at most, so that one absent n-gram in 16 is looked up in vain.
 FILTER_BITS_PER_NGRAM = 16
@@ -45,10 +46,12 @@ class IndexBuilder:
 
     def add(self, hashes_Q: Hashes, rows_Q: NDArray[np.int64]) -> None:
         """Add n-grams and the rows they are in; repeats do no harm."""
+        # By hash, so that the pairs of a bucket lie together: one write a bucket.
         order = np.argsort(hashes_Q)
         pairs = np.empty(len(hashes_Q), dtype=PAIR)
         pairs["hash"], pairs["row"] = hashes_Q[order], rows_Q[order]
         edges = np.arange(1 << BUCKET_BITS, dtype=np.uint64) << np.uint64(64 - BUCKET_BITS)
+        # Where each bucket's first hash could stand: the highest bits number the buckets.
         starts = [*np.searchsorted(pairs["hash"], edges).tolist(), len(pairs)]
         for file, start, stop in zip(self._files, starts, starts[1:], strict=False):
             file.write(pairs[start:stop].tobytes())
@@ -64,18 +67,21 @@ class IndexBuilder:
             bucket.close()
         names = ("hashes", "counts", "rows", "templates")
         parts: dict[str, BinaryIO] = {name: (self._folder / f"{name}.partial").open("wb") for name in names}
+        # Bucket after bucket is hash after hash, so what is written is sorted as a whole.
         for number in range(1 << BUCKET_BITS):
             pairs = _distinct(np.fromfile(self._buckets / f"{number:03d}", dtype=PAIR))
             self._write_bucket(pairs, first_rows, tasks, parts)
         for part in parts.values():
             part.close()
         shutil.rmtree(self._buckets)
+        # Only now: how many n-grams there are is known when the last bucket is sorted.
         counts = _mapped(self._folder / "counts.partial", "<u4")
         starts = np.lib.format.open_memmap(self._folder / "starts.npy", "w+", "<i8", (len(counts) + 1,))
         starts[0] = 0
         np.cumsum(counts, dtype=np.int64, out=starts[1:])
         starts.flush()
         _write_filter(self._folder / "filter.npy", _mapped(self._folder / "hashes.partial", "<u8"))
+        # Under their names last: the caller's record, written after this, vouches for all of them.
         for name in names:
             (self._folder / f"{name}.partial").replace(self._folder / name)
 
@@ -89,8 +95,10 @@ class IndexBuilder:
         hashes_U, counts_U = np.unique(pairs["hash"], return_counts=True)
         # Rows of an n-gram within one task: runs of both together.
         task_P = tasks[np.searchsorted(first_rows, pairs["row"], side="right") - 1]
+        # P pairs of the bucket; n-gram and task in one number, which np.unique then counts.
         ngram_P = np.repeat(np.arange(len(hashes_U)), counts_U)
         runs, rows_of_run = np.unique(ngram_P * len(first_rows) + task_P, return_counts=True)
+        # Of validation and test together: they show one instruction.
         rows_of_task = np.bincount(tasks, weights=np.diff(first_rows))
         common = exceeds_template(rows_of_run, rows_of_task[runs % len(first_rows)])
         templates_U = np.zeros(len(hashes_U), dtype=np.uint8)
@@ -129,11 +137,13 @@ class NgramIndex:
 
     def find(self, hashes_Q: Hashes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Which of the hashes are n-grams of evaluation: their places in `hashes_Q`, and their numbers."""
+        # The number of bits is a power of two, so the mask is the remainder.
         bit_Q = hashes_Q & np.uint64(len(self.bits) * 8 - 1)
         maybe = np.flatnonzero(
             self.bits[bit_Q >> np.uint64(3)] >> (bit_Q & np.uint64(7)).astype(np.uint8) & 1
         )
         number = np.searchsorted(self.hashes_U, hashes_Q[maybe])
+        # Past the end; any number in range will do, since the next line compares.
         number[number == len(self.hashes_U)] = 0
         found = self.hashes_U[number] == hashes_Q[maybe]
         return maybe[found], number[found]
@@ -145,6 +155,7 @@ class NgramIndex:
             some = numbers[start : start + SLICE]
             counts = self.starts_U[some + 1] - self.starts_U[some]
             ends = np.cumsum(counts)
+            # Every n-gram's stretch of `rows`, end to end.
             places = np.arange(ends[-1]) + np.repeat(self.starts_U[some] - (ends - counts), counts)
             yield np.repeat(some, counts), self.rows[places].astype(np.int64)
 
@@ -179,12 +190,14 @@ def settle_templates(
     index = NgramIndex.open(folder)
     partial = folder / "settled.partial"
     shutil.copyfile(folder / "templates", partial)
+    # An empty file cannot be mapped for writing either.
     if not len(index.hashes_U):
         partial.replace(folder / "settled")
         return
     settled_U = np.memmap(partial, dtype="<u1", mode="r+")
     for numbers in templates:
         settled_U[numbers] = 1
+    # A copy: n-grams that reach into a template must not become templates for their neighbours in turn.
     template_U = settled_U.copy()
     for hashes_G, text_G in evaluation:
         # Every n-gram of evaluation is in the index: the places are all of them.
@@ -197,6 +210,7 @@ def settle_templates(
 def _reaches_into(template_G: NDArray[np.bool_], text_G: NDArray[np.int64], n: int) -> NDArray[np.bool_]:
     """Whether an n-gram has a word in common with a template of its own text."""
     place_G = np.arange(len(template_G))
+    # N-grams less than n places apart have a word in common, if they are of one text.
     first_G = np.maximum(place_G - n + 1, np.searchsorted(text_G, text_G, side="left"))
     stop_G = np.minimum(place_G + n, np.searchsorted(text_G, text_G, side="right"))
     before = np.concatenate([[0], np.cumsum(template_G)])
@@ -213,6 +227,7 @@ def _write_filter(path: Path, hashes_U: Hashes) -> None:
     table = np.lib.format.open_memmap(path, "w+", "u1", (bits // 8,))
     for start in range(0, len(hashes_U), 1 << 20):
         bit = hashes_U[start : start + (1 << 20)] & np.uint64(bits - 1)
+        # Not `table[...] |= ...`, which sets only one of several bits in a byte.
         np.bitwise_or.at(table, bit >> np.uint64(3), np.uint8(1) << (bit & np.uint64(7)).astype(np.uint8))
     table.flush()
 

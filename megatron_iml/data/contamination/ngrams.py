@@ -68,5 +68,6 @@ class NgramHasher:
         hash_G ^= hash_G >> np.uint64(29)
         hash_G *= MULTIPLIER
         hash_G ^= hash_G >> np.uint64(32)
+        # Over all texts at once; n-grams whose ends are of two texts fall out here.
         inside = text_W[:starts] == text_W[self.n - 1 :]
         return hash_G[inside], text_W[:starts][inside]

@@ -13,7 +13,7 @@ Templates never make a row go: an instruction in common is no leak.
 import hashlib
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import orjson
 from numpy.typing import NDArray
 
 from megatron_iml.data.bench.folder import LEDGER, Bench, BenchFile, manifest_bytes
+from megatron_iml.data.bench.splits import near
 from megatron_iml.data.bench.staging import put_in_place, working_folder
 from megatron_iml.data.contamination.ngrams import NgramHasher
 from megatron_iml.data.contamination.report import DECISION_FILE, DECISIONS
@@ -51,6 +52,7 @@ def load_decisions(path: Path, bench: Bench) -> list[Decision]:
     if content["bench_fingerprint"] != bench.fingerprint:
         raise ValueError(f"{path} was made for another bench than {bench.folder}; search this one first")
     training = {entry.stem: entry for entry in bench.files("train")}
+    # By file: validation and test of one task are decided apart.
     evaluation = {entry.file: entry for entry in bench.entries if entry.split != "train"}
     decisions = []
     for number, pair in enumerate(content["pairs"]):
@@ -59,8 +61,11 @@ def load_decisions(path: Path, bench: Bench) -> list[Decision]:
                 f"{path}: pair {number} is {pair!r}; its keys are {', '.join(sorted(DECISION_KEYS))}"
             )
         for key, known in (("training", training), ("evaluation", evaluation), ("decision", DECISIONS)):
-            if pair[key] not in known:
-                raise ValueError(f"{path}: pair {number} has {key} {pair[key]!r}, which is none; correct it")
+            # As text: YAML may hold a list there, which no dictionary can be asked for.
+            if str(pair[key]) not in known:
+                raise ValueError(
+                    f"{path}: pair {number} has {key} {pair[key]!r}; {near(str(pair[key]), list(known))}"
+                )
         decisions.append((training[pair["training"]], evaluation[pair["evaluation"]], pair["decision"]))
     return decisions
 
@@ -81,6 +86,7 @@ def remove_contamination(
     bench = Bench.open(bench_folder)
     findings = open_findings(findings_folder, bench)
     decisions = load_decisions(findings_folder / DECISION_FILE, bench)
+    # Before anything is written: a decision that cannot be followed leaves no trace.
     removed = _removed_rows(findings, decisions)
     ledger = bench.ledger()
     entries = []
@@ -91,9 +97,11 @@ def remove_contamination(
             if len(rows):
                 counts = ledger["tasks"][entry.stem]
                 _account(counts, entry, len(rows), reason)
+            # A file without rows would be a task without examples: it is left out instead.
             if len(rows) < entry.examples:
                 entries.append(_copy_without(bench, entry, rows, staging))
             on_file()
+        # What the bench was made with still holds: levels and splits stay, rows go.
         splits = json_object(bench.folder / MANIFEST)["splits"]
         (staging / LEDGER).write_bytes(orjson.dumps(ledger, option=orjson.OPT_INDENT_2) + b"\n")
         (staging / MANIFEST).write_bytes(manifest_bytes(bench.seed, splits, entries))
@@ -113,10 +121,13 @@ def _removed_rows(
             against[training.file].append(evaluation)
         elif decision == "remove_evaluation_examples":
             number = findings.evaluation.index(evaluation)
+            # Counted from the file's own first row, as all rows that go are.
             rows = _specific_rows(findings, training, [number])[1] - findings.first_rows[number]
+            # Several training tasks may each take rows of one evaluation file.
             before = removed.get(evaluation.file, (np.empty(0, np.int64), ""))[0]
             removed[evaluation.file] = (np.union1d(before, rows), EVALUATION_REASON)
     for file, evaluations in against.items():
+        # All evaluation tasks of a training file at once: it is read again only one time.
         numbers = [findings.evaluation.index(evaluation) for evaluation in evaluations]
         ngrams, _ = _specific_rows(findings, trained[file], numbers)
         rows = _rows_that_hold(findings, trained[file], ngrams)
@@ -135,6 +146,7 @@ def _specific_rows(
     """N-grams of a training file that are specific to rows of evaluation files, and those rows."""
     held, held_by = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for some, rows in findings.index.holders(findings.specific_hits(training)["ngram"]):
+        # Slice by slice, as the index yields them: all pairs at once would not be bounded.
         wanted = np.isin(findings.files_of(rows), evaluation)
         held.append(np.unique(some[wanted]))
         held_by.append(np.unique(rows[wanted]))
@@ -146,6 +158,7 @@ def _rows_that_hold(findings: Findings, training: BenchFile, ngrams: NDArray[np.
     hasher = NgramHasher(findings.ngram)
     rows = [np.empty(0, np.int64)]
     for piece in rows_with_ngrams(findings.bench, training, hasher):
+        # The hits name one row of each n-gram alone, so the others have to be searched for.
         places, numbers = findings.index.find(piece.hashes_G)
         rows.append(piece.first_row + np.unique(piece.row_G[places[np.isin(numbers, ngrams)]]))
     return np.concatenate(rows)
@@ -154,6 +167,7 @@ def _rows_that_hold(findings: Findings, training: BenchFile, ngrams: NDArray[np.
 def _account(counts: dict[str, Any], entry: BenchFile, rows: int, reason: str) -> None:
     counts["written"][entry.split] -= rows
     if not counts["written"][entry.split]:
+        # As if the split had never had rows: the writer leaves such splits out as well.
         del counts["written"][entry.split]
     counts["dropped"][reason] = counts["dropped"].get(reason, 0) + rows
     counts["dropped"] = dict(sorted(counts["dropped"].items()))
@@ -172,5 +186,5 @@ def _copy_without(bench: Bench, entry: BenchFile, rows: NDArray[np.int64], stagi
     return replace(entry, examples=entry.examples - len(gone), sha256=digest.hexdigest())
 
 
-def _kept(lines: Any, gone: set[int]) -> Iterator[bytes]:
+def _kept(lines: Iterable[bytes], gone: set[int]) -> Iterator[bytes]:
     return (line for number, line in enumerate(lines) if number not in gone)

@@ -12,6 +12,7 @@ threshold is shared beyond templates, and everything else stays; removal.py does
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import orjson
 
 from megatron_iml.data.bench.folder import BenchFile
@@ -93,24 +94,28 @@ def write_report(findings: Findings, threshold: float) -> list[Pair]:
 def examples_of(findings: Findings, pair: Pair, hasher: NgramHasher) -> Iterator[SharedText]:
     """A few shared texts of a pair, of evaluation rows spread over those that share anything."""
     number = findings.evaluation.index(pair.evaluation)
+    # Templates are shown only where nothing else is shared.
     hits = findings.specific_hits(pair.training) if pair.specific else findings.hits(pair.training)
     ngrams = hits["ngram"]
     first, stop = findings.first_rows[number], findings.first_rows[number + 1]
     rows = findings.index.rows_of(ngrams)
     rows = rows[(rows >= first) & (rows < stop)]
+    # Spread over them: neighbours in a file are often alike.
     for row in rows[:: max(1, len(rows) // EXAMPLES_PER_PAIR)][:EXAMPLES_PER_PAIR].tolist():
         evaluation = _read_row(findings, pair.evaluation, int(findings.offsets_R[row]))
         for text in row_texts(evaluation):
             places, numbers = findings.index.find(hasher.hashes([text])[0])
-            shared = {
-                place: n for place, n in zip(places.tolist(), numbers.tolist(), strict=True) if n in ngrams
-            }
+            held = np.isin(numbers, ngrams)
+            shared = dict(zip(places[held].tolist(), numbers[held].tolist(), strict=True))
             if shared:
                 start = min(shared)
+                # Hits are sorted by n-gram, so a search finds the one.
                 offset = int(hits["offset"][ngrams.searchsorted(shared[start])])
                 training = _read_row(findings, pair.training, offset)
+                # N-gram number i begins with word i, so the run ends n - 1 words after its last one begins.
                 words = hasher.words(text)[start : _end_of_run(shared, start) + hasher.n - 1]
                 yield SharedText(training["id"], evaluation["id"], " ".join(words[:LONGEST_QUOTE_WORDS]))
+                # One text of a row is enough.
                 break
 
 
@@ -136,6 +141,7 @@ def _table_row(pair: Pair, threshold: float) -> str:
 
 
 def _decision_lines(findings: Findings, pairs: Sequence[Pair], threshold: float) -> Iterator[str]:
+    # Line by line: a YAML library writes no comments.
     yield "# What happens to tasks that share text; change any decision, then run remove_contamination.py."
     yield f"# decision: {', '.join(DECISIONS)}"
     yield f"bench_fingerprint: {findings.bench.fingerprint}"

@@ -69,6 +69,7 @@ class Findings:
         self.rows_too_short: dict[str, int] = record["rows_too_short"]
         """Rows of every evaluation file that have fewer words than an n-gram, so cannot be compared."""
         self.evaluation = evaluation_files(bench)
+        # Rows are numbered through all evaluation files, in the order of the bench.
         self.first_rows: NDArray[np.int64] = np.cumsum([0] + [entry.examples for entry in self.evaluation])
         self.index = NgramIndex.open(folder / "index")
         self.offsets_R: NDArray[np.int64] = np.load(folder / "index" / "offsets.npy", mmap_mode="r")
@@ -94,7 +95,9 @@ class Findings:
             if not len(ngrams):
                 continue
             specific = self.specific_hits(training)["ngram"]
+            # F evaluation files.
             shared_F, specific_F = (
+                # A row counts once, however many of the n-grams it holds.
                 np.bincount(self.files_of(self.index.rows_of(some)), minlength=len(self.evaluation))
                 for some in (ngrams, specific)
             )
@@ -119,7 +122,8 @@ def find_contamination(
     training, evaluation = bench.files("train"), evaluation_files(bench)
     if not training or not evaluation:
         raise ValueError(
-            f"{search.bench} has no training or no evaluation files: there is nothing to compare"
+            f"{search.bench} has {len(training)} training and {len(evaluation)} evaluation files, one of "
+            "each is needed; build it with a splits file that gives both"
         )
     start(sum(entry.examples for entry in (*training, *evaluation)))
     with claim(search.output):
@@ -132,16 +136,20 @@ def _search(search: Search, bench: Bench, advance: Callable[[int], None]) -> Non
     (search.output / "hits").mkdir(exist_ok=True)
     missing = []
     for entry in bench.files("train"):
+        # It was renamed to its name when it was whole, so it needs no record.
         if _hits_path(search.output, entry).is_file():
             advance(entry.examples)
         else:
             missing.append(entry)
     with worker_pool(search.workers) as pool:
         if pool is None:
+            index, hasher = NgramIndex.open(search.output / "index"), NgramHasher(search.ngram)
             for entry in missing:
-                advance(_scan(bench, entry, search.output, search.ngram))
+                advance(_scan(bench, entry, search.output, index, hasher))
         else:
-            futures = [pool.submit(_scan, bench, entry, search.output, search.ngram) for entry in missing]
+            futures = [
+                pool.submit(_scan_in_worker, bench, entry, search.output, search.ngram) for entry in missing
+            ]
             for future in futures:
                 advance(future.result())
     if not (search.output / "index" / "settled").is_file():
@@ -151,9 +159,11 @@ def _search(search: Search, bench: Bench, advance: Callable[[int], None]) -> Non
 def _settle(search: Search, bench: Bench) -> None:
     """Templates need the rows of both sides, so they are known when everything is read."""
     hasher = NgramHasher(search.ngram)
+    # One after the other: together they may not fit memory.
     hits = ((entry, np.load(_hits_path(search.output, entry))) for entry in bench.files("train"))
     settle_templates(
         search.output / "index",
+        # In how many rows of this training file: the same measure as for evaluation, on the other side.
         (found["ngram"][exceeds_template(found["rows"], entry.examples)] for entry, found in hits),
         (
             (piece.hashes_G, piece.text_G)
@@ -169,6 +179,7 @@ def open_findings(folder: Path, bench: Bench) -> Findings:
 
     Raises FileNotFoundError without any, ValueError for those of another bench.
     """
+    # The last file that a search writes: without it the search was killed.
     if not (folder / INDEX_RECORD).is_file() or not (folder / "index" / "settled").is_file():
         raise FileNotFoundError(
             f"no finished findings in {folder}; run tools/preprocess/find_contamination.py first"
@@ -193,8 +204,10 @@ def rows_with_ngrams(bench: Bench, entry: BenchFile, hasher: NgramHasher) -> Ite
             texts.extend(own)
             owners.extend([number] * len(own))
         hashes_G, text_G = hasher.hashes(texts)
+        # And the line feed that the split took.
         lengths = np.fromiter(map(len, lines), np.int64, len(lines)) + 1
         offsets = position + np.cumsum(lengths) - lengths
+        # From numbers of texts to numbers of rows.
         yield RowNgrams(first, offsets, hashes_G, text_G, np.array(owners)[text_G])
         first += len(lines)
         position += len(chunk.data)
@@ -216,6 +229,7 @@ class RowNgrams:
 
 def row_texts(row: dict) -> list[str]:
     """A bench row as it is instantiated, and its further references."""
+    # The first reference is `tgt`.
     return [f"{row['src']} {row['tgt']}", *row.get("references", [])[1:]]
 
 
@@ -237,10 +251,12 @@ def _build_index(search: Search, bench: Bench, advance: Callable[[int], None]) -
         for piece in rows_with_ngrams(bench, entry, hasher):
             builder.add(piece.hashes_G, piece.row_G + piece.first_row + first)
             offsets.append(piece.offsets)
+            # A row without an n-gram does not occur.
             compared += len(np.unique(piece.row_G))
         too_short[entry.file] = entry.examples - compared
         first += entry.examples
         advance(entry.examples)
+    # A number a task, and not a file: validation and test of a task share it.
     stems = {stem: number for number, stem in enumerate(dict.fromkeys(entry.stem for entry in evaluation))}
     first_rows = np.cumsum([0] + [entry.examples for entry in evaluation])
     builder.finish(first_rows, np.array([stems[entry.stem] for entry in evaluation]))
@@ -249,26 +265,32 @@ def _build_index(search: Search, bench: Bench, advance: Callable[[int], None]) -
 
 
 @cache
-def _tools_of_process(folder: Path, ngram: int) -> tuple[NgramIndex, NgramHasher]:
-    """Opened once per process: its memory of words serves all files."""
+def _tools_of_worker(folder: Path, ngram: int) -> tuple[NgramIndex, NgramHasher]:
+    """Opened once per worker: its memory of words serves all files."""
     return NgramIndex.open(folder / "index"), NgramHasher(ngram)
 
 
-def _scan(bench: Bench, entry: BenchFile, folder: Path, ngram: int) -> int:
+def _scan_in_worker(bench: Bench, entry: BenchFile, folder: Path, ngram: int) -> int:
+    # In workers alone, which end with their search: the folder may hold another index at the next one.
+    return _scan(bench, entry, folder, *_tools_of_worker(folder, ngram))
+
+
+def _scan(bench: Bench, entry: BenchFile, folder: Path, index: NgramIndex, hasher: NgramHasher) -> int:
     """Write the hits of one training file; return its rows."""
-    index, hasher = _tools_of_process(folder, ngram)
     found = np.empty(0, dtype=HIT)
     for piece in rows_with_ngrams(bench, entry, hasher):
         places, numbers = index.find(piece.hashes_G)
-        # An n-gram twice in a row counts once.
+        # N-gram and row of the piece in one number: an n-gram twice in a row counts once.
         distinct = np.unique(numbers * len(piece.offsets) + piece.row_G[places])
         hits = np.empty(len(distinct), dtype=HIT)
         hits["ngram"] = distinct // len(piece.offsets)
         hits["offset"] = piece.offsets[distinct % len(piece.offsets)]
         hits["rows"] = 1
+        # Piece by piece, or an instruction would be held once for every row of the file.
         found = _merged(np.concatenate([found, hits]))
     path = _hits_path(folder, entry)
     partial = path.with_name(path.name + ".partial")
+    # Through a file, since np.save adds `.npy` to a path that does not end so.
     with partial.open("wb") as file:
         np.save(file, found)
     partial.replace(path)

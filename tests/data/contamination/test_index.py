@@ -1,5 +1,7 @@
 """The index against a dictionary: which rows hold which n-gram, which are templates."""
 
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -59,3 +61,16 @@ def test_validation_and_test_of_a_task_share_their_templates(tmp_path: Path) -> 
         builder.add(np.full(6, 7, np.uint64), np.array([0, 1, 2, 10, 11, 12]))
         builder.finish(np.array([0, 10, 20]), np.array(tasks))
         assert NgramIndex.open(tmp_path).is_template_U.tolist() == [is_template]
+
+
+FEW_FILES = """
+import resource, sys
+from pathlib import Path
+from megatron_iml.data.contamination.index import IndexBuilder
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+IndexBuilder(Path(sys.argv[1]))
+"""
+
+
+def test_no_more_files_are_open_than_macos_allows(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", FEW_FILES, tmp_path], check=True)

@@ -1,5 +1,6 @@
 """Planted overlaps are found, shown and removed; instructions in common are not."""
 
+import shutil
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import orjson
 import pytest
 import yaml
+from corpora import ROWS, write_bench
 
 from megatron_iml.data.bench.folder import Bench, BenchFile, manifest_bytes, verify_bench
 from megatron_iml.data.contamination.removal import load_decisions, remove_contamination
@@ -97,6 +99,14 @@ def test_an_instruction_in_few_evaluation_rows_is_known_by_its_training_task(tmp
     assert (pair.evaluation.examples, pair.shared, pair.specific) == (4, 4, 2)
 
 
+def test_a_search_reads_the_index_that_it_has_made(bench: Bench, tmp_path: Path) -> None:
+    few = make_bench(tmp_path / "bench", quiz=range(8, 12))
+    for searched, shared in ((few, 4), (bench, 100)):
+        (pair,) = search(searched, tmp_path / "found").pairs()
+        assert pair.shared == shared
+        shutil.rmtree(tmp_path / "found")
+
+
 def test_workers_and_a_killed_search_find_the_same(bench: Bench, tmp_path: Path) -> None:
     alone = search(bench, tmp_path / "alone")
     (tmp_path / "alone" / "hits" / f"{TRIVIA}.npy").unlink()
@@ -164,12 +174,23 @@ def test_a_whole_task_goes(bench: Bench, tmp_path: Path, decision: str, file: st
     assert {entry.file for entry in bench.entries} - {entry.file for entry in clean.entries} == {file}
 
 
+def test_a_bench_without_evaluation_has_nothing_to_compare(tmp_path: Path) -> None:
+    alone = write_bench(tmp_path / "bench", ROWS)
+    with pytest.raises(ValueError, match="has 3 training and 0 evaluation files, one of each is needed"):
+        find_contamination(Search(alone, tmp_path / "found"), lambda total: None, lambda rows: None)
+
+
 def test_decisions_that_do_not_fit_are_refused(bench: Bench, tmp_path: Path) -> None:
     write_report(search(bench, tmp_path / "found"), 0.01)
     path = tmp_path / "found" / "decisions.yaml"
     good = path.read_text()
     path.write_text(good.replace("decision: remove_training_examples", "decision: forget"))
-    with pytest.raises(ValueError, match="pair 0 has decision 'forget', which is none"):
+    with pytest.raises(ValueError, match="pair 0 has decision 'forget'; known are keep, remove_training"):
+        load_decisions(path, bench)
+    path.write_text(good.replace(f'"test/{QUIZ}.jsonl"', f"[test/{QUIZ}.jsonl]"))
+    with pytest.raises(
+        ValueError, match=r"pair 0 has evaluation \['test.*; did you mean 'test/B__Held__quiz"
+    ):
         load_decisions(path, bench)
     path.write_text(good.replace(bench.fingerprint, "0" * 64))
     with pytest.raises(ValueError, match="was made for another bench"):
