@@ -63,10 +63,12 @@ class Task:
 
 def instance_hash(seed: int, task: str, instance: str) -> int:
     """64 bits of a hash of an instance: the instances of a task in the order of it are in random order."""
+    # NUL between the parts: task "a1" with instance "2" must not meet task "a" with "12".
     digest = blake2b(f"{seed}\0{task}\0{instance}".encode(), digest_size=8, person=b"instance").digest()
     return int.from_bytes(digest, "little")
 
 
 def source_hash(source: str) -> int:
     """64 bits of a hash of an instance's source, to find equal ones."""
+    # Not Python's hash(), which is salted anew in every process.
     return int.from_bytes(blake2b(source.encode(), digest_size=8).digest(), "little")

@@ -14,10 +14,12 @@ READ_BYTES = 1 << 22
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path`, force it to disk, rename. The folder must exist; one writer per path."""
+    # Beside it, since a rename works on one file system only.
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         file.write(content)
         file.flush()
+        # Before the rename: else a crash may leave the name on blocks that were never written.
         os.fsync(file.fileno())
     partial.replace(path)
 

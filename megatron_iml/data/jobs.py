@@ -63,6 +63,7 @@ def finished_record(path: Path, origin: object) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = orjson.loads(path.read_bytes())
+    # Of other inputs: the part is done anew, and the record with it.
     return dict(record) if record["origin"] == origin else None
 
 
@@ -74,6 +75,7 @@ def claim(path: Path, shared: bool = False) -> Iterator[None]:
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it: what is claimed may be a folder that is renamed or replaced meanwhile.
     lock = path.with_name(f".{path.name}.lock")
     with _locked(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX) as file:
         if file is None:
@@ -91,8 +93,10 @@ def claim(path: Path, shared: bool = False) -> Iterator[None]:
 def _locked(lock: Path, kind: int) -> Iterator[BinaryIO | None]:
     """The lock file, opened and locked; None if it is another's."""
     while True:
+        # To append: created where it is absent, and never emptied.
         with lock.open("ab") as file:
             try:
+                # Not lockf, whose locks are the process's: two claims of one process would both hold.
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield None
@@ -107,6 +111,7 @@ def _locked(lock: Path, kind: int) -> Iterator[BinaryIO | None]:
 @contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes that end when this one does, however it ends; none for one worker."""
+    # In this process: a spawned one would first import everything anew.
     if workers == 1:
         yield None
         return
@@ -127,6 +132,7 @@ def _die_with_parent() -> None:
 
     def wait() -> None:
         parent.join()
+        # Not sys.exit, which would end this thread alone.
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

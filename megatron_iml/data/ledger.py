@@ -36,6 +36,7 @@ class TaskCounts:
     def check_closes(self, name: str) -> None:
         """Read must equal written plus dropped; anything else is a fault of a reader or of the writer."""
         written, dropped = self.written.total(), self.dropped.total()
+        # An assert: no input may cause this.
         assert self.read == written + dropped, (
             f"ledger of {name} does not close: read {self.read}, written {written}, dropped {dropped}"
         )
@@ -65,10 +66,12 @@ class Drops:
 
     def task(self, benchmark: str, name: str) -> TaskCounts:
         """The account of a task; a reader and the writer ask for the same object."""
+        # One object for whoever asks: the reader counts what is read, the writer what is written.
         return self._tasks.setdefault((benchmark, name), TaskCounts())
 
     def skip_file(self, path: Path, reason: str) -> None:
         """Record a file or folder that yields no task, e.g. one of zero bytes."""
+        # relpath, since a skipped folder may lie beside the root, where Path.relative_to fails.
         # From the common root: two sources may hold files of one name.
         name = path if self._root is None else Path(os.path.relpath(path, self._root))
         self.skipped_files[name.as_posix()] = reason

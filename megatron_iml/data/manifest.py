@@ -27,6 +27,7 @@ def read_manifest(folder: Path, what: str, version: int, keys: Set[str], tool: s
             f"no {what} in {folder}: {MANIFEST} is missing; name the folder of {written_by}"
         )
     manifest = json_object(path)
+    # Before the version, which says nothing of a manifest of another kind.
     if missing := sorted(keys - set(manifest)):
         raise ValueError(
             f"{path}: not the manifest of a {what} (no {', '.join(missing)}); name the folder of {written_by}"

@@ -45,6 +45,7 @@ class Meter:
         self._progress.advance(self._bar, items)
         if self._done - self._logged >= self._log_interval:
             self._logged = self._done
+            # Soft-wrapped: rich breaks lines at 80 columns where there is no terminal.
             self._progress.console.print(self._line(), soft_wrap=True, highlight=False)
 
     def _line(self) -> str:
@@ -79,6 +80,7 @@ def private_memory_bytes() -> int:
     total = 0
     for process in (this, *this.children(recursive=True)):
         try:
+            # USS: pages of no other process. RSS would count the mapped files, once in every process.
             total += process.memory_full_info().uss
         except psutil.NoSuchProcess:
             # A worker may end between the listing and the look.

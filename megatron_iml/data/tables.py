@@ -47,6 +47,7 @@ def row_key(row: Mapping[str, Any]) -> str:
     """
     content = {name: value for name, value in row.items() if name not in ROW_NUMBERS}
     # Parquet also holds dates and bytes, which JSON has not.
+    # Sorted: copies of a row may hold its columns in another order.
     return json.dumps(content, sort_keys=True, default=str)
 
 
@@ -59,8 +60,11 @@ def separated_lines(path: Path, separator: str = "\t") -> Iterator[tuple[int, li
 
 def csv_records(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
     """Records of a CSV file with quoting, numbered by the line they end on; a cell may hold newlines."""
+    # For the whole process: csv knows no limit of one reader.
     csv.field_size_limit(LONGEST_CELL)
+    # With their ends again, which belong to cells that run over several lines.
     lines = (line + "\n" for _, line in text_lines(path))
+    # Strict: a quote that is never closed would take the rest of the file into one cell.
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         for record in reader:
@@ -94,6 +98,7 @@ def _tsv(path: Path) -> Iterator[Row]:
 
 def _with_header(path: Path, delimiter: str) -> Iterator[Row]:
     records = csv_records(path, delimiter)
+    # Without a header there are no records either.
     _, header = next(records, (0, []))
     for number, record in records:
         if len(record) != len(header):
@@ -105,6 +110,7 @@ def _with_header(path: Path, delimiter: str) -> Iterator[Row]:
 
 def _parquet(path: Path) -> Iterator[Row]:
     try:
+        # Here, since the package is optional.
         from pyarrow import parquet
     except ImportError as error:
         raise ValueError(f"{path}: needs pyarrow; run: pip install 'megatron-iml[parquet]'") from error
