@@ -78,8 +78,7 @@ def build_bench(
     origin = inputs and hashlib.sha256(f"{inputs} {splits}".encode()).hexdigest()
     work = working_folder(output, overwrite=overwrite, keep=inputs is not None, shared=job.is_share)
     with work as folder, worker_pool(workers) as pool:
-        # In one tuple, so that pickling keeps them one object: the account, and the reader inside `task` that
-        # counts in it.
+        # In one tuple: pickled apart, the reader inside `task` would count in another account.
         works = [
             (task, stem, level, splits, drops.task(task.benchmark, task.name), origin, folder)
             for number, (task, stem, level) in enumerate(zip(tasks, stems, levels, strict=True))
@@ -89,7 +88,6 @@ def build_bench(
         for record in _in_order(pool, works):
             records.append(record)
             on_task()
-        # Records stay for the run of the whole, which alone has those of every task.
         if job.is_share:
             return None
         accounts = {stem: record["counts"] for stem, record in zip(stems, records, strict=True)}

@@ -88,12 +88,13 @@ def trade_alike(slots_W: Int64, costs_W: Int64, row_W: Int64, part_R: Int64, lim
     by_slots = np.argsort(slots_W, kind="stable")
     starts_W = np.searchsorted(slots_W[by_slots], slots_W, side="left")
     stops_W = np.searchsorted(slots_W[by_slots], slots_W, side="right")
+    cheapest_W = costs_W[np.lexsort((costs_W, slots_W))[starts_W]]
     candidates = np.flatnonzero(costs_G > heavy)
     for part in candidates[np.argsort(-costs_G[candidates], kind="stable")].tolist():
         own = np.flatnonzero(part_W == part)
-        # Whatever row took its only document would be no lighter; to look is slow where all rows are such.
-        if len(own) == 1:
-            continue
+        # Whatever part took its only document would be no lighter, and one that costs least of all of its
+        # size is worth none of them. Where most are alike, to look would take the square of their number.
+        own = own[costs_W[own] > cheapest_W[own]] if len(own) > 1 else own[:0]
         for document in own[np.argsort(-costs_W[own], kind="stable")].tolist():
             if costs_G[part] <= heavy:
                 break
