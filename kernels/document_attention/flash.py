@@ -11,7 +11,7 @@ Everything else is refused.
 
 Its functions take query, key and value as strided views of the fused projection and give three gradients; one
 pass joins them. The number of documents decides a tensor's size, so it is read from `end` on the host, once a
-row: nothing waits for the device. Tried with, the first that is installed:
+row: nothing waits for the device. Looked for in this order, the first that is installed is taken:
 
     flash-attn-4 (4.0.0b36)    flash_attn.cute          its calls read off its source
     flash-attn-3 (3.0)         flash_attn_interface     same arguments

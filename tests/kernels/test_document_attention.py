@@ -35,7 +35,7 @@ from megatron_iml.kernels.testing import (
 pytest.importorskip("triton", reason="triton is not installed")
 
 KEY = 2**63 + 12345  # as an int64 it is negative
-FIRST_HEAD = 3
+FIRST_HEAD = 3  # not 0, or masks that forget it would be right
 
 ENDS = {
     "63 slots": documents_end([63]),
@@ -131,6 +131,8 @@ def test_a_document_of_one_slot_is_its_value() -> None:
     close(found["gradient of qkv"][:, :, :2], torch.zeros_like(qkv[:, :, :2]))
 
 
+# Below the smallest tile, filled up to 16; a tile's own; filled up to 128; the largest. From 80 on the
+# forward masks every tile.
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_head_sizes(dtype: torch.dtype, head_dim: int) -> None:
@@ -259,6 +261,7 @@ def test_strides_are_free(layout: str) -> None:
         "parts outermost": normal(tokens, 3, 2, 16, seed=1, dtype=torch.float32).transpose(1, 2),
         "a slice of a wider row": normal(tokens, 4, 4, 16, seed=1, dtype=torch.float32)[:, 1:3, 1:],
     }[layout].detach()
+    # Strided as well. Of the projections all but "heads outermost" can be read as a matrix.
     gradient = normal(2, tokens, 16, seed=2, dtype=torch.float32).detach().transpose(0, 1)
     op = functools.partial(attend, end_T, 0.0)
     strided = run_op(op, {"qkv": qkv.requires_grad_()}, [gradient])
@@ -302,6 +305,7 @@ def test_more_programs_than_run_at_once(pairs: int | None) -> None:
     # A head by itself has few enough programs to run all at once.
     found = run_op(op, {"qkv": qkv}, [gradient])["gradient of qkv"]
     alone = qkv.detach()[:, :1].clone().requires_grad_()
+    # Heads are independent, so its bits are those it has among twelve.
     expected = run_op(op, {"qkv": alone}, [gradient[:, :1]])["gradient of qkv"]
     assert torch.equal(found[:, :1], expected)
 

@@ -39,6 +39,7 @@ PLAIN = {
     "padding behind": documents_end([5, 60, 1, 70], padding=9),
     "one document": documents_end([63]),
     "documents of one slot": documents_end([1] * 12 + [30]),
+    # One interval after the other, which is all that flash-attn is told: as good as a plain document.
     "a trunk with one branch that all of it continues": tree_end(7, [4]),
 }
 
@@ -135,7 +136,7 @@ def test_padding_is_zero_and_a_nan_in_it_stays_there() -> None:
     op = functools.partial(attend, flash_attention(torch_varlen), end_T)
     clean = run_op(op, {"qkv": qkv}, [gradient])
     with torch.no_grad():
-        qkv[140] = float("nan")
+        qkv[140] = float("nan")  # documents end at 136
     with nan_poison():
         spoilt = run_op(op, {"qkv": qkv}, [gradient])
     for name, value in clean.items():

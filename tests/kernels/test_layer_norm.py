@@ -33,6 +33,7 @@ GPU_SHAPES += [(40000, 130)]
 SHAPES += [pytest.param(*shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
 EPS = 1e-5
 KEY = dropout_key(1234, row=7, layer=3, place="attention_output")
+# Odd, and far from 0: a mask that counted from the tensor's first row would be another.
 FIRST_SLOT = 1001
 
 

@@ -41,6 +41,7 @@ def four_words(out, seed, N: tl.constexpr):
     tl.store(out + 2 * N + lane, words[2].to(tl.int64))
     tl.store(out + 3 * N + lane, words[3].to(tl.int64))
 
+# A key of nothing, of its low half alone, of both halves.
 for key in (0, 5, 0x0123456789ABCDEF):
     out = torch.empty(4, 64, dtype=torch.int64)
     four_words[(1,)](out, key, 64)
@@ -55,7 +56,7 @@ def test_triton_computes_the_same_function() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     # In a process of its own: the interpreter is chosen when triton is imported.
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    # triton.jit reads its source from a file.
+    # From standard input: unlike the compiler, the interpreter needs no source file of a kernel.
     result = subprocess.run(
         [sys.executable, "-"], input=TRITON_PROGRAM, env=environment, capture_output=True, text=True
     )

@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 SHAPES = [(1, 1, 2, 1, 1), (9, 17, 37, 11, 4), (6, 33, 5003, 9, 100), (3, 1100, 20, 5, 9), (4, 8, 20, 0, 9)]
 GPU_SHAPES = [(2048, 768, 50272, 177, 2048), (16384, 1024, 12568, 1411, 500), (300, 512, 6284, 2500, 2048)]
 SHAPES += [pytest.param(*shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
+# The upstream gradient that a call without `loss_scale` is promised.
 ONE = [torch.ones((), device=DEVICE)]
 
 
@@ -82,6 +83,7 @@ def test_losses_are_each_target_and_carry_no_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_logits_neither_overflow_nor_lose_the_loss(dtype: torch.dtype) -> None:
+    # Logits of several hundred, where exp overflows fp32 from 89 on.
     differentiable, indices = draw(9, 16, 300, 11, dtype, logit_scale=300.0)
     assert_op_within_budget(
         functools.partial(op, **indices),

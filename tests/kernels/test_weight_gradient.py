@@ -17,6 +17,7 @@ def test_adds_in_fp32(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     tokens, outputs, inputs = shape
     grad_output_TO = normal(tokens, outputs, seed=1, dtype=dtype).detach()
     input_TF = normal(tokens, inputs, seed=2, dtype=dtype).detach()
+    # Not zeros: what is there has to stay.
     before_OF = normal(outputs, inputs, seed=3, dtype=torch.float32).detach()
     ours_OF, truth_OF = before_OF.clone(), before_OF.double()
     accumulate_weight_gradient(ours_OF, grad_output_TO, input_TF)
