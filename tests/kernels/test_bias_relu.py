@@ -71,6 +71,16 @@ def test_leading_dimensions_and_no_rows() -> None:
     assert not torch.autograd.grad(empty.sum(), bias_F)[0].any()
 
 
+@pytest.mark.parametrize("op", [bias_relu, relu_gradient])
+def test_the_gradient_of_a_sum(op: Callable[..., Tensor]) -> None:
+    # It arrives as one number with strides of 0, which a kernel would take for a matrix.
+    inputs, _ = draw(6, 40, torch.float32)
+    y_TF = op(*inputs.values())
+    d_x_TF, d_bias_F = torch.autograd.grad(y_TF.sum(), tuple(inputs.values()))
+    assert torch.equal(d_x_TF, (y_TF > 0).float())
+    assert torch.equal(d_bias_F, (y_TF > 0).float().sum(0))
+
+
 def test_only_the_output_is_kept() -> None:
     inputs, _ = draw(6, 40, torch.float32)
     kept: list[int] = []

@@ -23,7 +23,7 @@ from megatron_iml.kernels.document_attention import (
     flash_attention,
     load_varlen,
 )
-from megatron_iml.kernels.document_attention.bounds import SHORT_KEY_TILE
+from megatron_iml.kernels.document_attention.bounds import LONG_KEY_TILE, SHORT_KEY_TILE
 from megatron_iml.kernels.testing import (
     assert_op_within_budget,
     documents_end,
@@ -221,6 +221,14 @@ def test_an_end_beyond_the_row_is_the_rows() -> None:
     assert bounds.sequences.longest == 8
     # 36 visible pairs are no long documents.
     assert bounds.schedule.columns == SHORT_KEY_TILE
+
+
+def test_a_row_counts_its_visible_pairs() -> None:
+    # 1,100 slots see 550.5 each on average; over 1,300 slots, of which 200 are padding, that is 466.
+    widths = [
+        RowBounds.from_host(documents_end([1100], padding), DEVICE).schedule.columns for padding in (0, 200)
+    ]
+    assert widths == [LONG_KEY_TILE, SHORT_KEY_TILE]
 
 
 def test_the_documents_of_a_row_are_found_once() -> None:

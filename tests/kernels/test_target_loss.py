@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megatron_iml.kernels.target_loss import target_loss, target_loss_reference
+from megatron_iml.kernels.target_loss.op import _chunks
 from megatron_iml.kernels.testing import assert_op_within_budget, nan_poison, run_op
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -69,6 +70,16 @@ def test_within_budget(
         differentiable,
         ONE,
     )
+
+
+# 9 of 8 would leave a chunk of one, which reads and writes the weight's gradient like a full one.
+@pytest.mark.parametrize(
+    ("targets", "chunk", "sizes"), [(0, 8, []), (8, 8, [8]), (9, 8, [5, 4]), (11, 4, [4, 4, 3])]
+)
+def test_chunks_are_few_and_equal(targets: int, chunk: int, sizes: list[int]) -> None:
+    parts = _chunks(targets, chunk)
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [slot for part in parts for slot in range(part.start, part.stop)] == list(range(targets))
 
 
 def test_losses_are_each_target_and_carry_no_gradient() -> None:
