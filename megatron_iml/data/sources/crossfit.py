@@ -59,6 +59,7 @@ def _instances(paths: Sequence[Path], sentence: str, counts: TaskCounts) -> Inst
     seen: set[int] = set()
     for path in paths:
         for number, columns in separated_lines(path):
+            # Alternatives stand in columns of their own, and their number differs from line to line.
             text, *outputs = columns
             # A hash in place of the line: five draws of a task hold its test file five times.
             line = source_hash("\t".join(columns))

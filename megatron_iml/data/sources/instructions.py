@@ -22,6 +22,7 @@ def load_instructions(benchmark: str, folder: Path, own: str) -> Mapping[str, st
     # A copy: the user's sentences go over ours for this source alone.
     sentences = dict(yaml_mapping(OURS)[benchmark])
     if own:
+        # Over ours, so that one sentence can be changed without copying the rest.
         sentences |= yaml_mapping(folder / own)
     for name, sentence in sentences.items():
         if not isinstance(sentence, str) or not sentence.strip():

@@ -151,6 +151,7 @@ def _proof_writer(path: Path) -> Iterator[tuple[str, Solved]]:
 
 
 def _math(path: Path) -> Iterator[tuple[str, Solved]]:
+    # A file for each problem; its folders say category and part, which are not needed.
     problem = json_object(path)
     try:
         answer = _boxed(problem["solution"])

@@ -66,6 +66,7 @@ READERS: Mapping[str, Callable[..., Iterator[Task]]] = {
     "t5": t5.read,
     "unified_skg": unified_skg.read,
 }
+# By name and not by a signature: `read(None, ...)` looks like any other reader's.
 GENERATORS = frozenset({"reasoning_gym"})
 """Readers that make their examples and so take no folder."""
 

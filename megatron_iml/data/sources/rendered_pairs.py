@@ -24,12 +24,13 @@ from megatron_iml.data.taxonomy.data_sources import data_source
 from megatron_iml.data.text_files import as_text, json_lines, source_files
 
 END_OF_TEXT = "<|endoftext|>"
-# Names of the two fields: self-instruct's T0, FLAN's collection, ReCross's downstream files, P3.
+# Names of the two fields: self-instruct's T0, P3, FLAN's collection, ReCross's downstream files. P3 before
+# FLAN: its rows have `inputs` and `targets` as well, which are lists of ids.
 FIELDS = (
     ("prompt", "completion"),
+    ("inputs_pretokenized", "targets_pretokenized"),
     ("inputs", "targets"),
     ("input_text", "output_text"),
-    ("inputs_pretokenized", "targets_pretokenized"),
 )
 
 

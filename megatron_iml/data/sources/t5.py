@@ -105,6 +105,7 @@ def _pair(row: dict[str, object], source: str, target: str) -> tuple[object, obj
 
 
 def _parallel(path: Path, other: Path) -> Iterator[tuple[int, tuple[object, object]]]:
+    # By name beside it: train.en goes with train.de, whatever else the folder holds.
     if not other.is_file():
         raise FileNotFoundError(f"{path} has no file {other.name} beside it; a translation needs both")
     try:

@@ -56,6 +56,12 @@ def test_other_names_of_the_fields_and_other_benchmarks(tmp_path):
     assert found.counts("rte").dropped == {"a field is not text": 1}
 
 
+def test_rows_of_p3_have_ids_under_the_names_that_flan_has_texts_under(tmp_path):
+    row = {"inputs": [3, 9], "targets": [7], "inputs_pretokenized": "Wet?", "targets_pretokenized": "Yes"}
+    found = Reading(rendered_pairs.read, write_files(tmp_path, {"qasc_x.jsonl": [row]}))
+    assert [(e.source, e.targets) for e in found.examples("qasc")] == [("Wet?", ("Yes",))]
+
+
 def test_unknown_names_and_fields_are_errors(tmp_path):
     with pytest.raises(ValueError, match="nothing_1.jsonl: the name begins with no data set of PromptSource"):
         Reading(rendered_pairs.read, write_files(tmp_path / "a", {"nothing_1.jsonl": [{}]}))
