@@ -149,7 +149,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder with sources/; outputs go beside it")
     parser.add_argument("--tokenizer-model", type=Path, required=True)
-    parser.add_argument("--stages", nargs="+", default=["bench", "corpus", "plan"])
+    stages = ["bench", "corpus", "plan"]
+    parser.add_argument("--stages", nargs="+", choices=stages, default=stages)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rows", type=int, default=100_000, help="rows of the plan")
     parser.add_argument("--kills", type=int, default=0, help="times a stage is killed before it may finish")

@@ -39,6 +39,10 @@ def read_prompts(arguments: argparse.Namespace) -> list["Question"]:
     from megatron_iml.data.text_files import json_lines
     from megatron_iml.evaluation.question import Question
 
+    if arguments.prompt is None and not arguments.prompts.exists():
+        raise FileNotFoundError(
+            f"--prompts: got {arguments.prompts}, which is not there; allowed: JSON lines; correct the path"
+        )
     if arguments.prompt is not None:
         # A shell passes the two characters backslash and n; real newlines come through as they are.
         return [Question("0", arguments.prompt.replace("\\n", "\n"), ())]
@@ -50,6 +54,10 @@ def read_prompts(arguments: argparse.Namespace) -> list["Question"]:
                 f"{arguments.prompts}:{number}: no text `src`, which every line needs; fix or remove it"
             )
         questions.append(Question(str(row.get("id", number)), row["src"], ()))
+    if not questions:
+        raise ValueError(
+            f"--prompts: got {arguments.prompts}, which is empty; allowed: a line or more; add one"
+        )
     return questions
 
 

@@ -43,6 +43,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     return max(float(scorer.score(reference, prediction)["rougeL"].fmeasure) for reference in references)
 
 
+# Once: it builds a stemmer, and a task asks thousands of times.
 @cache
 def _rouge_scorer() -> "RougeScorer":
     # Here and not at the top: nltk takes 0.4 s to import, and ranking does without it.

@@ -80,6 +80,7 @@ def open_model(config: Config, checkpoint: str) -> Iterator[OpenedModel]:
             initialise(chunks, config.model, config.training.seed, layout)
         else:
             fill_weights(folder, chunks, config.model, layout)
+        # The table's, whatever the row length: generation reads no rows of that length.
         positions = config.model.max_position_embeddings
         model = InferenceModel(chunks[0], layout, tokenizer.vocab_size, positions)
         yield OpenedModel(model, tokenizer, replicas_of(layout), fingerprint_weights(config, folder))

@@ -197,6 +197,7 @@ def _score_row(
         base = len(pieces)
         # In the order of pieces, which is that of `assemble_row`'s targets.
         owners.extend((tree, candidate) for candidate in tree.candidates)
+        # Within a tree 0 is the trunk; in a row the trunk's index is where its tree begins.
         pieces.extend(replace(piece, trunk=base) if piece.trunk == 0 else piece for piece in tree.pieces)
     # In double precision, so that the sum does not depend on the order of a long candidate.
     losses_M = model.target_losses(assemble_row(pieces, row_length, number)).astype(np.float64)

@@ -23,6 +23,7 @@ from megatron_iml.evaluation.conditions import RESULT_FORMAT_VERSION, Conditions
 from megatron_iml.evaluation.plots import plot_levels, plot_loss, read_losses
 from megatron_iml.evaluation.tables import report_tables, to_markdown
 
+# In every report, for its tables are read far from any documentation.
 READING_NOTES = """\
 Scores are percentages. A task is the mean over its examples; the same task in several benchmarks of a
 category counts once, as the mean over them; a category is the mean over its tasks, a level over its

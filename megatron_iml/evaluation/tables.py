@@ -25,6 +25,7 @@ class Table:
     title: str
     header: tuple[str, ...]
     num_labels: int
+    # Text already: Markdown and the console then agree to the last digit.
     rows: tuple[tuple[str, ...], ...]
 
 

@@ -167,6 +167,19 @@ def test_mistakes_are_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--ngram", "0"), "argument --ngram: got 0, expected a whole number of 1 or more"),
+        (("--threshold", "1"), "--threshold: got 1.0, expected 0 or more and below 1; 1 % is 0.01"),
+    ],
+)
+def test_contamination_options_have_bounds(option: tuple[str, str], message: str) -> None:
+    result = run("find_contamination", "--input", "bench", "--output", "found", *option)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.endswith(f"error: {message}\n")
+
+
+@pytest.mark.parametrize(
     ("command", "other"),
     [
         ("build_corpus", "--output"),  # a beginning of --output-prefix

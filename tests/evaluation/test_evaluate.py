@@ -138,6 +138,20 @@ def test_generate_answers_prompts_in_order(
     assert json.loads(capsys.readouterr().out) == {**rows[0], "id": "0"}
 
 
+def test_generate_says_that_there_are_no_prompts(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    for prompts, reason in (
+        (empty, "which is empty; allowed:"),
+        (tmp_path / "no", "which is not there; allowed:"),
+    ):
+        arguments = ("--config", config, "--checkpoint", "start", "--prompts", prompts)
+        assert run(generate, *arguments) == 2
+        assert capsys.readouterr().err.startswith(f"error: --prompts: got {prompts}, {reason}")
+
+
 def test_generate_cuts_prompts_where_the_evaluation_does(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_iml.command import add_work_arguments, command_parser, run_command
+from megatron_iml.command import add_work_arguments, at_least_one, command_parser, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -21,7 +21,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--input", type=Path, required=True, help="bench folder")
     parser.add_argument("--output", type=Path, required=True, help="folder of the findings")
     # 13 words and 1 % are the paper's: it looked at pairs above that by hand.
-    parser.add_argument("--ngram", type=int, default=13, help="words of a run (default: %(default)s)")
+    parser.add_argument(
+        "--ngram", type=at_least_one, default=13, help="words of a run (default: %(default)s)"
+    )
     parser.add_argument(
         "--threshold",
         type=float,
@@ -29,7 +31,11 @@ def parse_arguments() -> argparse.Namespace:
         help="pairs are reported above this share of an evaluation file (default: %(default)s)",
     )
     add_work_arguments(parser, "rows", 1_000_000)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    # 1 would be meant for 1 %, and report nothing.
+    if not 0 <= arguments.threshold < 1:
+        parser.error(f"--threshold: got {arguments.threshold}, expected 0 or more and below 1; 1 % is 0.01")
+    return arguments
 
 
 def find(arguments: argparse.Namespace) -> None:
