@@ -62,6 +62,7 @@ def private_bytes(pid: int) -> int:
 
 def run(command: Sequence[str | Path], moments: Sequence[float]) -> Measured:
     """Run a command to its end, killing it once after each of the given numbers of seconds."""
+    # Over all tries: a stage that was killed is charged for what it had to do again.
     began, peak = time.perf_counter(), 0
     cpu_before = os.times()
     for moment in (*moments, float("inf")):
@@ -69,6 +70,7 @@ def run(command: Sequence[str | Path], moments: Sequence[float]) -> Measured:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         # A session of its own, since its workers must be killed with it.
         with subprocess.Popen(command, start_new_session=True, env=environment) as process:
+            # Polled and not waited for: memory has to be looked at while it is there.
             while process.poll() is None:
                 peak = max(peak, private_bytes(process.pid))
                 if time.perf_counter() - started > moment:
@@ -167,6 +169,7 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
+    # One after another, each on what the last one wrote.
     for stage in arguments.stages:
         command, output = commands(arguments)[stage]
         moments = [rng.uniform(1.0, arguments.expected_seconds) for _ in range(arguments.kills)]

@@ -105,6 +105,7 @@ def step_rows(rows: list[Row], engine: Engine) -> StepRows:
         for row, pair in zip(rows, pairs, strict=True)
     ]
     own = deal_rows(costs, layout.data_size)[layout.data_rank]
+    # Both ends read whole rows: tokens at the first, targets at the last.
     edge = layout.is_first_stage or layout.is_last_stage
     return StepRows(
         # Middle stages of a run read no tokens.
@@ -122,6 +123,7 @@ def step_rows(rows: list[Row], engine: Engine) -> StepRows:
 def time_steps(engine: Engine, steps: list[StepRows], warm_up: int) -> tuple[list[float], list[float]]:
     """Seconds of each step after the first few, and every step's loss; it is read, so the device is done."""
     seconds, losses = [], []
+    # The first steps compile kernels and fill the allocator's pools: `warm_up` of them do not count.
     for index, rows in enumerate(steps):
         began = time.perf_counter()
         result = train_step(engine, rows, 1e-6)
@@ -139,6 +141,7 @@ def time_steps(engine: Engine, steps: list[StepRows], warm_up: int) -> tuple[lis
 
 def profile_step(engine: Engine, rows: StepRows) -> str:
     """The kernels of one step, longest total first."""
+    # One step, after those that are timed: a profiler slows what it watches.
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profiler:
         train_step(engine, rows, 1e-6)
     busiest = f"self_{engine.layout.device.type}_time_total"

@@ -133,7 +133,7 @@ def _toxicity(path: Path, counts: TaskCounts) -> Iterator[tuple[int, Answer]]:
             yield number, "no text or no toxicity"
         else:
             # Texts: CSV has no types, and `as_text` has made the others of JSON's.
-            yield number, (text, ("no" if label in ("0", "0.0", "False") else "yes",), ("yes", "no"))
+            yield number, (text, ("no" if label.lower() in ("0", "0.0", "false") else "yes",), ("yes", "no"))
 
 
 DATA_SETS: Mapping[str, tuple[str, Callable[[Path, TaskCounts], Iterator[tuple[int, Answer]]]]] = {

@@ -124,9 +124,9 @@ def test_ranked_and_other_forms(tmp_path):
     assert example.targets == ("A",)
     assert found.counts("wned").dropped == {"no input or no answer": 1}
     _, examples = exmix_examples(
-        tmp_path, "wikipedia_toxicity_subtypes", {"t.csv": "comment_text,toxic\nx,1\ny,0.0\n"}
+        tmp_path, "wikipedia_toxicity_subtypes", {"t.csv": "comment_text,toxic\nx,1\ny,0.0\nz,false\n"}
     )
-    assert [example.targets for example in examples] == [("yes",), ("no",)]
+    assert [example.targets for example in examples] == [("yes",), ("no",), ("no",)]
 
 
 def test_a_data_set_has_to_be_named(tmp_path):
