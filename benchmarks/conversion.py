@@ -73,6 +73,7 @@ def private_bytes(pid: int) -> int:
     """RssAnon of a process; 0 when it is gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    # Gone before it was opened, or while it was read.
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
@@ -119,6 +120,7 @@ def check_equal(left: Path, right: Path) -> int:
     """Every tensor bit-equal; returns how many."""
     places, others = files_of_tensors(left), files_of_tensors(right)
     assert places.keys() == others.keys(), "other tensors came back"
+    # One tensor of each at a time: two copies of a model would not fit.
     for name, file in places.items():
         with safe_open(file, "pt") as one, safe_open(others[name], "pt") as other:
             same = torch.equal(one.get_tensor(name), other.get_tensor(name))

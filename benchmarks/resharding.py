@@ -104,6 +104,7 @@ def load(engine: Engine, folder: Path) -> float:
 def leave() -> None:
     """Give back what the layout before has held; the caller has let go of its engine."""
     leave_grid()
+    # Hooks, buffers and the optimizer refer to one another: an engine stays whole until it is collected.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -160,7 +160,7 @@ def _entry(old: Any, name: str, dtype: torch.dtype | None) -> Any:
 def _write_common(source: Path, staging: Path, weights_only: bool) -> None:
     """megatron-core's own small files; the optimizer's step counts lie in common.pt."""
     shutil.copyfile(source / "metadata.json", staging / "metadata.json")
-    common = torch.load(source / "common.pt", weights_only=False)
+    common = torch.load(source / "common.pt", weights_only=True)
     # Step counts and loss scale belong to moments that are not there.
     if weights_only:
         common.pop("optimizer", None)

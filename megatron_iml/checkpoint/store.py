@@ -233,8 +233,8 @@ class CheckpointStore:
             raise FileExistsError(f"{save.folder} is already there, and nothing is overwritten: remove it")
         save.staging.mkdir(parents=True)
         free = shutil.disk_usage(save.staging).free
+        # What is made here `_discard` removes again when one of these refuses.
         if free < needed:
-            save.staging.rmdir()
             raise OSError(
                 f"step {save.state.step} needs {needed / 1e9:.3f} GB, {self.directory} has "
                 f"{free / 1e9:.3f} GB free: make room, or lower checkpoint.keep_last"

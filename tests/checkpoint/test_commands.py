@@ -102,12 +102,14 @@ def test_reshard_says_that_weights_alone_are_a_start(
 
 
 def test_reshard_writes_what_was_asked(
-    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reshard, checkpoint = command("reshard"), str(saved / "iter_0000002")
     output = tmp_path / "iter_0000002"
+    # As on a terminal, with the result going into a file: the bar must not.
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert reshard.main(["write", checkpoint, "--output", str(output)]) == 2
     assert "got neither --precision nor --weights-only" in capsys.readouterr().err
     assert reshard.main(["write", checkpoint, "--output", str(output), "--precision", "fp32"]) == 0
-    assert f"{read_record(output).total_bytes:,} bytes in 5 files" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{output}: {read_record(output).total_bytes:,} bytes in 5 files\n"
     assert command("show").main([str(output), "--verify"]) == 0

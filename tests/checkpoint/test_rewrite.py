@@ -57,6 +57,23 @@ def test_weights_alone_are_a_start(saved: tuple[Path, list[torch.Tensor]], tmp_p
         assert runs.same_bits(runs.weights_of(engine), expected)
 
 
+def test_weights_alone_are_rounded_from_what_there_is(
+    saved: tuple[Path, list[torch.Tensor]], tmp_path: Path
+) -> None:
+    """Without master weights nothing is more exact than the weights themselves."""
+    rewrite(saved[0], tmp_path / "weights", None, weights_only=True)
+    record = rewrite(tmp_path / "weights", tmp_path / "fp32", "fp32", weights_only=False)
+    assert damage(tmp_path / "fp32", record.files) == [] and not record.has_optimizer
+    with runs.alone(runs.run_config("bf16", num_layers=2)) as engine:
+        load_weights(saved[0], engine.chunks, engine.config.model)
+        expected = [weight.float() for weight in runs.weights_of(engine)]
+    config = runs.run_config("fp32", num_layers=2)
+    with runs.alone(config) as engine:
+        initialise(engine.chunks, config.model, 99, engine.layout)
+        load_weights(tmp_path / "fp32", engine.chunks, config.model)
+        assert runs.same_bits(runs.weights_of(engine), expected)
+
+
 def test_nothing_is_overwritten_and_nothing_damaged_is_copied(
     saved: tuple[Path, list[torch.Tensor]], tmp_path: Path
 ) -> None:

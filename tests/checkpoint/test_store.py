@@ -207,7 +207,9 @@ def test_too_small_a_disk_is_said_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     with runs.alone(runs.run_config(num_layers=2)) as engine:
         parameters = sum(parameter.numel() for parameter in engine.chunks[0].parameters())
-        (said,) = CheckpointStore(tmp_path, in_foreground()).save(engine, runs.state_at(1), {})
+        store = CheckpointStore(tmp_path, in_foreground())
+        (said,) = store.save(engine, runs.state_at(1), {})
+    store.remover.thread.shutdown()
     # A weight, its fp32 copy and two moments, 4 bytes each.
     assert f"step 1 needs {16 * parameters / 1e9:.3f} GB" in said and "has 0.001 GB free" in said
     assert list(tmp_path.iterdir()) == []

@@ -119,6 +119,7 @@ def run(arguments: argparse.Namespace) -> str:
     from megatron_iml.checkpoint.conversion.verification import verifier
 
     began = time.monotonic()
+    # Names, shapes and files of all tensors are checked here: before the work, not in the middle of it.
     source = open_source(arguments.input, arguments.num_attention_heads)
     target, dtype = plan(arguments, source), dtype_of(arguments)
     total = total_bytes(source, target, dtype)

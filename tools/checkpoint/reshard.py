@@ -64,6 +64,7 @@ def check_target(arguments: argparse.Namespace) -> None:
     # Before the files: a layout that does not divide is found at once, damage after minutes.
     check_layout(replace(config, parallel=parallel), arguments.world_size)
     check_files(arguments.checkpoint, record.files)
+    # Divides without a rest, as `check_layout` has found.
     shards = arguments.tensor * arguments.pipeline
     data = arguments.world_size // shards
     parameters = parameter_count(config.model)
@@ -87,6 +88,7 @@ def bytes_of_a_weight(precision: str) -> int:
 
 def write_anew(arguments: argparse.Namespace) -> None:
     """Write with a progress bar."""
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     from megatron_iml.checkpoint.record import read_record
@@ -100,7 +102,9 @@ def write_anew(arguments: argparse.Namespace) -> None:
         )
     total = read_record(arguments.checkpoint).total_bytes
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not sys.stderr.isatty()) as progress:
+    # The bar on one stream, the result on the other: a script reads the latter.
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
         record = rewrite(
             arguments.checkpoint,

@@ -44,6 +44,7 @@ def show(arguments: argparse.Namespace) -> None:
     if not folders:
         # Says what is beside it, or that there is nothing.
         read_record(folder)
+    # All before the first line: a damaged one is an error by itself, not the end of a table.
     records = {path: read_record(path) for path in folders}
     if single:
         console.print(description(folder, records[folder]))
