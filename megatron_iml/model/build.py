@@ -16,6 +16,7 @@ from .transformer_config import build_transformer_config
 def build_model(config: Config, layout: Layout) -> list[OPTModel]:
     """Allocate the chunks of this rank's stage in order of depth."""
     model = config.model
+    # The seed of the weights too: theirs are drawn by name, masks by row and place.
     plan = DropoutPlan(
         seed=config.training.seed,
         hidden=model.hidden_dropout,
@@ -23,6 +24,7 @@ def build_model(config: Config, layout: Layout) -> list[OPTModel]:
         embedding=model.embedding_dropout,
     )
     ops = choose_ops(model.kernel_backend, model.attention_backend, layout.device)
+    # Before the linears: told to accumulate gradients in the GEMM, they refuse to be built without it.
     offer_weight_gradient()
     transformer_config = build_transformer_config(config, layout.device)
     chunks = []

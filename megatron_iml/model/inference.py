@@ -77,6 +77,7 @@ class InferenceModel:
             lengths_B=torch.tensor(lengths, device=self.layout.device),
             capacity=max(lengths) + max_new_tokens - 1,
         )
+        # Any row number will do: it is for dropout.
         context = RowContext(row=0, bounds=batch.context.bounds, cache=cache)
         last_rows_B = torch.from_numpy(starts + np.array(lengths) - 1).to(self.layout.device)
         assert batch.tokens_T is not None, "a whole row carries its tokens"

@@ -129,6 +129,7 @@ class _WeightGradient:
     @staticmethod
     def wgrad_gemm_accum_fp32(input_TF: Tensor, grad_output_TO: Tensor, main_grad_OF: Any) -> None:
         """main_grad += grad_output^T @ input."""
+        # megatron-core has joined the first two axes; T is the whole row, under sequence parallelism too.
         from megatron_iml.kernels.weight_gradient import accumulate_weight_gradient
 
         accumulate_weight_gradient(main_grad_OF, grad_output_TO, input_TF)

@@ -21,6 +21,7 @@ _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 def named_global_parameters(chunks: Sequence[OPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield (global name, local parameter) of every parameter on this rank."""
+    # No name comes twice: a head on the embedding's own chunk has no weight.
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             # Filled like the first stage's copy; megatron-core keeps them equal from then on.

@@ -48,6 +48,7 @@ class _CudaAnswersAsMeta(TorchFunctionMode):
 @contextmanager
 def fake_world(config: Config, rank: int, world_size: int) -> Iterator[Layout]:
     """Be `rank` of a world that is not there; on leaving, every group is gone again."""
+    # Beneath meta: generators, which meta has none of, are the CPU's.
     install_cpu_adapter()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
@@ -56,6 +57,7 @@ def fake_world(config: Config, rank: int, world_size: int) -> Iterator[Layout]:
         # After the groups: seeding their generators needs a device that has some.
         vars(torch.cuda)["current_device"] = lambda: META
         try:
+            # Left again, unlike the CPU adapter: a real world may follow in this process.
             with _CudaAnswersAsMeta():
                 yield layout
         finally:

@@ -78,6 +78,7 @@ def start_distributed(config: Config) -> Layout:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    # A process may have joined by itself, as those of the tests do.
     if not dist.is_initialized():
         # Without a launcher there is no address to meet at, and a fixed port would clash with another run.
         alone = world_size == 1 and "MASTER_ADDR" not in os.environ
@@ -90,6 +91,7 @@ def start_distributed(config: Config) -> Layout:
             # Connects at once: a broken fabric shows here, not in the first step.
             device_id=device if on_gpu else None,
         )
+    # First of all: ranks that disagree on a size would wait for one another while groups are built.
     check_same_config(config)
     return place_in_grid(config, device)
 
@@ -112,6 +114,7 @@ def check_same_config(config: Config) -> None:
         values = [str(theirs[key]) for theirs in everyone]
         if len(set(values)) == 1:
             continue
+        # Who is right cannot be known here; the few are called the odd ones.
         common = max(values, key=values.count)
         odd = [rank for rank, value in enumerate(values) if value != common]
         raise ValueError(

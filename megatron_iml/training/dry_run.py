@@ -67,6 +67,7 @@ class RankAccount:
 
 def representative_ranks(config: Config, world_size: int) -> list[int]:
     """The first and the last rank of every stage: between them ranks differ in nothing but their number."""
+    # Stages are the slowest axis of the grid, so each one's ranks are neighbours.
     per_stage = world_size // config.parallel.pipeline_model_parallel_size
     first = range(0, world_size, per_stage)
     return sorted({*first, *(rank + per_stage - 1 for rank in first)})
@@ -89,6 +90,7 @@ def account_of(config: Config, rank: int, world_size: int, num_targets: int) -> 
         RuntimeError: if two data ranks would update one element, or none would; if a parameter lies outside
             its gradient bucket; if a chunk leaves another shape than the next stage expects.
     """
+    # Left between ranks: groups of one place would answer for another.
     with fake_world(config, rank, world_size) as layout:
         engine = build_engine(config, layout)
         tensors = {

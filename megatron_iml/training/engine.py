@@ -104,6 +104,7 @@ def _forward_step(
     losses = output if isinstance(output, TargetLosses) else None
 
     def report(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Called by the schedule on the last stage alone, before the backward."""
         assert losses is not None, "only the last stage has losses to report"
         # Filled on the device: a copy from the host would wait for everything that is queued there.
         count = torch.full((), losses.losses_M.numel(), dtype=torch.int, device=total.device)

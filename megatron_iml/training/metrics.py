@@ -32,6 +32,7 @@ def step_row(
         "real_tokens": rows.num_real,
         "targets": result.num_targets,
         "documents": rows.num_documents,
+        # For whoever compares two runs: they have read the same data as long as these agree.
         "documents_crc": rows.documents_crc,
         "fill": rows.num_real / positions,
         "real_tokens_per_second": rows.num_real / seconds,

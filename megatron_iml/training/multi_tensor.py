@@ -26,5 +26,6 @@ def l2_norm(
     chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool, *unused: Any
 ) -> tuple[Tensor, None]:
     """L2 norm of all tensors together, fp32 [1], left on the device."""
+    # Chunk size and overflow flag are Apex's business; megatron-core reduces the square over ranks itself.
     assert not per_tensor, "a norm per tensor is not asked for by any caller"
     return torch.nn.utils.get_total_norm(tensor_lists[0]).float().view(1), None

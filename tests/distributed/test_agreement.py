@@ -42,10 +42,11 @@ def test_a_mistake_is_said_once_and_by_all(pool: Pool) -> None:
         "no plan": ["no plan"] * 3,
         "rank 2: no plan": [None, None, "no plan"],
         "rank 0: no plan\nrank 2: no corpus": ["no plan", None, "no corpus"],
+        "FileNotFoundError('')": [""] * 3,
     }
     for rank, results in enumerate(pool.run(fail_in_turn, 3, list(expected.values()))):
         assert [text for text, _ in results] == list(expected)
-        assert [result for _, result in results] == [rank, None, None, None]
+        assert [result for _, result in results] == [rank, None, None, None, None]
 
 
 def stop_on_rank_one() -> list[bool]:

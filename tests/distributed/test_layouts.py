@@ -6,7 +6,8 @@ set of layouts in which every two features meet; with `slow` every layout that e
 Tolerances. Layouts differ in the order of fp32 sums only, one rounding (6e-8, relative) a sum. Seen over 10
 steps: losses 6e-8 apart, gradient norms 3e-7 (relative), weights 1.2e-6, where a weight moves up to 1e-2. A
 mask, a count or a gradient that differs moves them by 1e-3 and more (see the tests of traps and of another
-seed). So: 1e-6, 2e-6 and 1e-5.
+seed). So: 1e-6, 2e-6 and 1e-5. A change of the numbers that all layouts share can bring a ReLU's input within
+rounding of zero, and one layout to its other side: see `runs.decay_everything` before suspecting the layout.
 """
 
 import dataclasses

@@ -38,6 +38,23 @@ def test_cached_decoding_equals_reading_everything_again():
         assert generated[3][1] == last
 
 
+def test_rows_that_pad_the_vocabulary_are_never_generated():
+    config = tiny_config(init_method_std=0.2)
+    with single_rank(config) as layout:
+        chunks = build_model(config, layout)
+        initialise(chunks, config.model, 1, layout)
+        # One of the two has the largest logit by far, whatever the hidden state.
+        words = chunks[0].embedding.word_embeddings.weight.data
+        words[94], words[95] = 1e4 * words[7], -1e4 * words[7]
+        chosen = {}
+        for entries in (94, 96):
+            model = InferenceModel(chunks[0], layout, vocab_entries=entries, max_positions=64)
+            cache, tokens = model.prefill([np.array([5, 9, 11]), np.array([7])], max_new_tokens=2)
+            chosen[entries] = [*tokens.tolist(), *model.decode(cache, np.array([8, 12])).tolist()]
+    assert all(token < 94 for token in chosen[94])
+    assert all(token >= 94 for token in chosen[96])
+
+
 def test_losses_of_one_text_are_a_distribution():
     config = tiny_config(init_method_std=0.2)
     with single_rank(config) as layout:

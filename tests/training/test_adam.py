@@ -128,11 +128,12 @@ def test_the_factor_is_on_the_gradients() -> None:
     ours, theirs = parameters(), parameters()
     adam, plain = Adam(groups(ours), BETAS, EPS), Adam(groups(theirs), BETAS, EPS)
     # A power of two, so that scaling rounds nothing; eps keeps Adam from being blind to it.
-    for step in range(5):
-        # For one update at a time.
-        adam.gradient_factor = 0.25
+    for step, factor in enumerate((0.25, 0.25, None, 0.25, None)):
+        # For one update at a time: where it is not given, gradients are as they are.
+        if factor is not None:
+            adam.gradient_factor = factor
         for param, other, gradient in zip(ours, theirs, gradients(step), strict=True):
-            param.grad, other.grad = gradient.clone(), 0.25 * gradient
+            param.grad, other.grad = gradient.clone(), (factor or 1.0) * gradient
         adam.step()
         plain.step()
         for param, other in zip(ours, theirs, strict=True):

@@ -15,12 +15,13 @@ def test_a_digest_sees_every_change() -> None:
         weight.flip(1),
         weight.view(4, 3),
         weight.index_fill(0, torch.tensor([1]), 0.0),
+        weight + torch.eye(3, 4) * torch.tensor([5.0, 0.0, 0.0])[:, None],
         weight.roll(1),
         -weight,
         weight.bfloat16(),
     ):
         digests.add(digest(change.contiguous()))
-    assert len(digests) == 8
+    assert len(digests) == 9
     assert digest(weight) == digest(weight.clone())
 
 

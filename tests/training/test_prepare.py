@@ -63,6 +63,12 @@ def test_accepted(newest: Path, changes: dict) -> None:
     _check_start(config_of(**changes), newest, SimpleNamespace(fingerprint="abc", num_rows=8))
 
 
+def test_a_new_run_needs_rows_for_all_its_steps() -> None:
+    plan = SimpleNamespace(fingerprint="abc", num_rows=7)
+    with pytest.raises(ValueError, match="has 7 rows; 4 steps of 2 rows need 8: build a plan with --rows 8"):
+        _check_start(config_of(), None, plan)
+
+
 def test_weights_alone_are_no_state_to_go_on_from(tmp_path: Path) -> None:
     folder = tmp_path / "iter_0000003"
     folder.mkdir()

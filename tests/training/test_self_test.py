@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from kernel_cases import torch_varlen
 from torch import Tensor
 
-from megatron_iml.data.rows.assemble import assemble_row
+from megatron_iml.data.rows.assemble import Piece, assemble_row
 from megatron_iml.kernels.document_attention import (
     DocumentBounds,
     document_attention_reference,
@@ -19,7 +20,8 @@ from megatron_iml.kernels.document_attention import (
 )
 from megatron_iml.model import build, layer, opt
 from megatron_iml.model.ops import REFERENCE
-from megatron_iml.training.self_test import BRANCHES, TRUNK, run_self_test, sample_documents
+from megatron_iml.training.self_test import BRANCHES, TRUNK, _compare, run_self_test, sample_documents
+from megatron_iml.training.trace import Trace
 
 Attention = Callable[..., Tensor]
 
@@ -185,6 +187,15 @@ def test_losses_that_are_not_numbers_are_caught(monkeypatch: pytest.MonkeyPatch)
     attend_with(one_bad_slot, monkeypatch)
     with runs.alone(runs.run_config()) as engine, pytest.raises(RuntimeError, match=r"documents \[0"):
         run_self_test(engine)
+
+
+def test_an_infinite_loss_counts_as_changed() -> None:
+    """It equals itself, whatever the other document held."""
+    pieces = [Piece(np.arange(4, 7, dtype=np.int32), 1) for _ in range(2)]
+    engine = SimpleNamespace(config=runs.run_config())
+    before, after = (Trace(losses_M=torch.tensor([1.0, torch.inf, last, last])) for last in (2.0, 3.0))
+    problems = _compare(engine, pieces, before, after, changed=1, may_differ={1})
+    assert problems == ["losses of documents [0] changed with document 1"]
 
 
 def test_flash_attention_is_tested_on_plain_documents(monkeypatch: pytest.MonkeyPatch) -> None:
