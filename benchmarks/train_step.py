@@ -59,7 +59,7 @@ def document_lengths(path: Path | None, seed: int, longest: int) -> tuple[np.nda
         order = rng.permutation(len(stored["prompt_len"]))
         prompts, targets = stored["prompt_len"][order], stored["target_len"][order]
     else:
-        # Means of 172 and 14 tokens; the real mix has 165 and 15.
+        # Means of 172 and 14 tokens before the clipping below.
         prompts = rng.lognormal(4.7, 0.95, 200_000).astype(np.int64) + 1
         targets = rng.lognormal(1.6, 1.4, 200_000).astype(np.int64) + 1
     # At least one source token stays, as in training.

@@ -111,6 +111,7 @@ def aggregate(tasks: Iterable[TaskScore]) -> Aggregate:
         column = Column(task.level, task.category)
         subtasks[column, task.parent or task.task, task.benchmark].append(task.estimate)
     holders: defaultdict[tuple[Column, str], list[Estimate]] = defaultdict(list)
+    # Whole tasks of every level, each once: a task that another benchmark has as well counts for both.
     benchmarks: defaultdict[str, list[Estimate]] = defaultdict(list)
     for (column, name, benchmark), estimates in subtasks.items():
         # Parts first: as tasks of their own, the 57 subjects of MMLU would be most of a benchmark.

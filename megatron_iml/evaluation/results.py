@@ -55,6 +55,7 @@ def write_result(folder: Path, stem: str, result: TaskResult) -> None:
 
 def read_scores(folder: Path, fingerprints: Mapping[str, str]) -> dict[str, TaskScore]:
     """Scores that are there, by stem, of those asked for; only ones whose fingerprint is the given one."""
+    # Only of files asked for: the folder may hold tasks of an older bench.
     paths = {stem: folder / f"{stem}.json" for stem in fingerprints}
     found = {stem: orjson.loads(path.read_bytes()) for stem, path in paths.items() if path.is_file()}
     # The examples stay in their files: those of 1,500 tasks are more than a machine's memory.

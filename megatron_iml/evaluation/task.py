@@ -92,6 +92,7 @@ def _score_rankings(evaluator: Evaluator, questions: Sequence[Question], track: 
     return [
         ExampleScore(
             id=question.id,
+            # Any right candidate counts, where a row has several references among them.
             score=accuracy(ranking.scores, question.correct),
             # The first of equals: a tie scores 0 all the same, since accuracy wants strictly more.
             answer=question.candidates[max(range(len(ranking.scores)), key=ranking.scores.__getitem__)],

@@ -83,6 +83,8 @@ def _pairs(path: Path, counts: TaskCounts) -> Iterator[tuple[int, Answer]]:
 def _shakespeare(path: Path, counts: TaskCounts) -> Iterator[tuple[int, Answer]]:
     """`x.modern.nltktok` beside `x.original.nltktok`, line by line."""
     original = path.with_name(path.name.replace("modern", "original"))
+    if not original.is_file():
+        raise FileNotFoundError(f"{path} has no file {original.name} beside it; a translation needs both")
     pairs = zip(text_lines(path), text_lines(original), strict=True)
     try:
         for (number, modern), (_, old) in pairs:

@@ -73,6 +73,7 @@ def _labels(path: Path) -> tuple[str, ...]:
 
 def _instances(path: Path, instruction: str, labels: tuple[str, ...], counts: TaskCounts) -> Instances:
     for number, row in table_rows(path):
+        # Compared as text, as `_labels` returns them: JSON may have numbers, CSV has none.
         label = str(row.get(LABEL, ""))
         id = f"{path.parent.name}-{row.get('ID', number)}"
         if label not in labels:

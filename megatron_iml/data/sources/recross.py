@@ -18,7 +18,7 @@ from megatron_iml.data.ledger import Drops, TaskCounts
 from megatron_iml.data.sources.form import Form, Instances, make_task
 from megatron_iml.data.sources.jinja_templates import plain_name, turned_templates
 from megatron_iml.data.taxonomy.data_sources import data_source
-from megatron_iml.data.text_files import as_text, as_texts, json_value, source_files
+from megatron_iml.data.text_files import BYTE_ORDER_MARK, as_text, as_texts, json_value, source_files
 
 BENCHMARK = "PromptSource"
 
@@ -39,7 +39,8 @@ def read(folder: Path, drops: Drops, *, templates: str = "") -> Iterator[Task]:
     folders: dict[Path, list[Path]] = {}
     for path in source_files(folder, "*/*.json", drops):
         with path.open("rb") as file:
-            if not file.read(64).lstrip().startswith(b"["):
+            # A byte order mark is no reason to pass a file over: `json_value` takes it off.
+            if not file.read(64).lstrip(BYTE_ORDER_MARK + b" \t\r\n").startswith(b"["):
                 # downstream_test.json: the test records once more, as JSON Lines.
                 drops.skip_file(path, "not an array of records")
                 continue

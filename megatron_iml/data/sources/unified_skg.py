@@ -75,6 +75,7 @@ def _form(row: dict[str, Any], sentence: str, counts: TaskCounts) -> Form | str:
     targets = as_texts(row.get("seq_out"), counts)
     if text is None or knowledge is None or targets is None:
         return "a field is missing or not text"
+    # One of the two will do: table-to-text has no question.
     if not text.strip() and not knowledge.strip():
         return "neither text nor structured knowledge"
     # Newest first in the files, and so it stays: the question that is asked comes before its context.

@@ -89,7 +89,9 @@ def test_recross_records(tmp_path):
 
 
 def test_recross_names_keep_the_hyphens_of_a_subset(tmp_path):
-    write_files(tmp_path, {"ai2_arc-ARC-Easy/test-1000.json": [["q", ["a"], "x|y|z|#1"]], "bb/t.json": []})
+    # A byte order mark before an array is passed over, and not the array.
+    marked = b'\xef\xbb\xbf[["q", ["a"], "x|y|z|#1"]]'
+    write_files(tmp_path, {"ai2_arc-ARC-Easy/test-1000.json": marked, "bb/t.json": []})
     found = Reading(recross.read, tmp_path)
     assert list(found.tasks) == ["ai2_arc__ARC-Easy", "bb"]
     assert found.tasks["ai2_arc__ARC-Easy"].data_sources == ("ai2arc",)

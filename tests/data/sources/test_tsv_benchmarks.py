@@ -102,6 +102,9 @@ def test_parallel_files_of_shakespearizing(tmp_path):
     files["train.original.nltktok"] = "a\nb\n"
     with pytest.raises(ValueError, match="not as many lines as train.original.nltktok"):
         exmix_examples(tmp_path, "shakespearizing", files)
+    files = {"valid.modern.nltktok": "You are late .\n"}
+    with pytest.raises(FileNotFoundError, match="has no file valid.original.nltktok beside it; a"):
+        exmix_examples(tmp_path / "half", "shakespearizing", files)
 
 
 def test_ranked_and_other_forms(tmp_path):
