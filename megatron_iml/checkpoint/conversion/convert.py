@@ -26,10 +26,24 @@ from .partial import PartialFolder
 from .source import Source
 from .target import Piece, Target
 
+WRITTEN_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What every target can be written in, and a run can load."""
+
 
 def types_of(source: Source, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Type of every parameter after conversion: the source's own, or one for all."""
-    return {name: dtype or source.dtype(one) for name, one in parameters(source.model).items()}
+    """Type of every parameter after conversion: the source's own, or one for all.
+
+    Raises:
+        ValueError: if a tensor would keep a type that weights do not have here.
+    """
+    types = {name: dtype or source.dtype(one) for name, one in parameters(source.model).items()}
+    for name, found in types.items():
+        if found not in WRITTEN_TYPES:
+            raise ValueError(
+                f"{source.path}: tensor {name} has type {found}; allowed: "
+                f"{', '.join(map(str, WRITTEN_TYPES))}; choose one with --dtype"
+            )
+    return types
 
 
 def convert(
@@ -137,6 +151,7 @@ def fit_vocabulary(full: Tensor, model: ModelConfig) -> Tensor:
 def _check_values(source: Source, name: str, full: Tensor) -> None:
     """Refuse what no trained weights are: files that were never filled, or damaged where no checksum is."""
     low, high = (value.item() for value in torch.aminmax(full))
+    # In this form NaN, which aminmax hands on, is refused as well: it compares false with everything.
     if not (abs(low) < float("inf") and abs(high) < float("inf")):
         raise ValueError(
             f"{source.path}: tensor {name} holds {low} and {high}; allowed: finite numbers; the file is "
@@ -151,6 +166,7 @@ def _check_values(source: Source, name: str, full: Tensor) -> None:
 
 
 def _round(source: Source, name: str, full: Tensor, dtype: torch.dtype) -> Tensor:
+    # Of finite numbers, as was checked before: what is not finite after this has overflowed.
     rounded = full.to(dtype)
     if not torch.isfinite(rounded).all():
         raise ValueError(

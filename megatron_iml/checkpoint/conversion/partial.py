@@ -55,6 +55,7 @@ class PartialFolder:
         self.done: dict[str, Checksums] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
+            # On the folder: the lock goes with its rename, and a process that dies lets go of it.
             self._lock = _open(self.folder, os.O_RDONLY, opened)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,6 +83,7 @@ class PartialFolder:
 
         The last two happen in the background; `settle` waits for them.
         """
+        # By record: how far it is filled, and the CRC-32 up to there. Several pieces may make one up.
         written: dict[tuple[str, str], tuple[int, int]] = {}
         for file, name, tensor in pieces:
             record = self.plans[file].records[name]

@@ -172,6 +172,9 @@ def test_metaseq_files(tmp_path, capsys) -> None:
     state = foreign.random_opt()
     parts = tmp_path / "parts"
     foreign.write_metaseq(parts, state, parts=2)
+    # One of two parts, named by itself, is no model.
+    first = parts / "checkpoint_1_4000.pt-model_part-0.pt"
+    assert "has shape (48, 32), allowed: (96, 32)" in refusal(first, capsys)
     second = parts / "checkpoint_1_4000.pt-model_part-1.pt"
     drifted = foreign.metaseq_part(state, 1, 2)
     drifted["decoder.layers.0.fc2.bias"][0] = 9.0
@@ -331,6 +334,9 @@ def test_options_that_do_not_fit(tmp_path, capsys) -> None:
         "tensor decoder.layers.0.mlp.linear_fc1.bias holds up to 1e+06, more than torch.float16 can"
         in message
     )
+    foreign.write_hugging_face(tmp_path / "double", foreign.random_opt(dtype=torch.float64))
+    message = refusal(tmp_path / "double", capsys)
+    assert "tensor embedding.word_embeddings.weight has type torch.float64; allowed: torch.float32" in message
     mixed = foreign.random_opt()
     mixed["decoder.layers.1.final_layer_norm.bias"] = mixed["decoder.layers.1.final_layer_norm.bias"].float()
     foreign.write_hugging_face(tmp_path / "mixed", mixed)

@@ -25,6 +25,7 @@ from .stored_tensor import SAFETENSORS_DTYPES
 
 ALIGNMENT = 64
 ZIP32_LIMIT = 0xFFFFFFFF
+# The classes that torch.save names for a type; without one here a type cannot be written.
 STORAGES = {
     torch.float16: torch.HalfStorage,
     torch.bfloat16: torch.BFloat16Storage,

@@ -116,6 +116,7 @@ def read_safetensors(file: MappedFile, checksums: Mapping[str, int]) -> dict[str
         )
     try:
         header = json.loads(bytes(file.view(8, length)))
+        # Under that name is whatever the writer liked to note.
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         tensors = {name: _entry(file, begin, name, entry, checksums) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -140,6 +141,7 @@ def read_safetensors(file: MappedFile, checksums: Mapping[str, int]) -> dict[str
 def _entry(
     file: MappedFile, begin: int, name: str, entry: dict[str, Any], checksums: Mapping[str, int]
 ) -> StoredTensor:
+    # They count from the end of the header.
     start, stop = entry["data_offsets"]
     shape = tuple(int(size) for size in entry["shape"])
     dtype = SAFETENSORS_DTYPES[entry["dtype"]]

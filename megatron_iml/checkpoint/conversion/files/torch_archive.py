@@ -24,6 +24,7 @@ from .stored_tensor import MappedFile, StoredTensor
 
 STUBBED_PACKAGES = frozenset({"metaseq", "fairseq", "fairscale", "omegaconf", "argparse", "numpy", "typing"})
 """Packages whose names become stubs: what training checkpoints of metaseq carry beside tensors."""
+# What pickled configurations name beside those packages' classes. As stubs even calls of them do nothing.
 STUBBED_NAMES = frozenset(
     {
         ("builtins", "object"),
@@ -46,6 +47,7 @@ STUBBED_NAMES = frozenset(
         ("torch", "device"),
     }
 )
+# torch says a tensor's type by the class of its storage.
 DTYPES_OF_STORAGES: dict[str, torch.dtype] = {
     "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
@@ -211,6 +213,7 @@ class _Archive:
 
     def load(self) -> Any:
         """The object, with StoredTensors for tensors."""
+        # zipfile compares the CRC-32 of what it reads; of tensors, which are mapped, StoredTensor does.
         return _Unpickler(self.zip.read(self.root + "data.pkl"), self).load()
 
     def tensor(self, storage: _Storage, offset: int, shape: Any, stride: Any, *ignored: Any) -> StoredTensor:
@@ -225,6 +228,7 @@ class _Archive:
                 f"record {info.filename} holds {info.file_size} bytes, its storage has {num_bytes}"
             )
         # Shape and strides come from the pickle: with wrong ones a view would reach beyond its record.
+        # Without numbers there is nothing to reach for; a scalar, without sizes, has one.
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         if min(shape, default=1) > 0 and last >= storage.numel:
             raise zipfile.BadZipFile(f"a tensor of shape {tuple(shape)} exceeds its record {info.filename}")

@@ -156,6 +156,7 @@ def _open_files(folder: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(f"{folder} lacks {name}, which its index names: copy the folder again")
+        # Archives of torch have checksums of their own.
         if path.suffix == ".safetensors":
             here = read_safetensors(MappedFile(path), checksums.get(name, {}))
         else:

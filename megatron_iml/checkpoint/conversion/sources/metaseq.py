@@ -119,8 +119,10 @@ class MetaseqSource:
 
 def _find_files(path: Path) -> list[list[Path]]:
     """Files by part and shard; every number from 0 must be there."""
+    # Named by itself it is taken by itself; a part alone is refused later, for its shapes.
     if not path.is_dir():
         return [[path]]
+    # By stem: parts of two steps in one folder would fit together, and be no model.
     found: dict[str, dict[tuple[int, int], Path]] = {}
     for file in sorted(path.glob("*.pt")):
         match = FILE_NAME.fullmatch(file.name)

@@ -29,6 +29,7 @@ from megatron_iml.checkpoint.conversion.target import Piece, Target
 from megatron_iml.config import ModelConfig
 from megatron_iml.data.corpus.tokenizer import Tokenizer, find_files
 
+# Of OPT's vocabulary; 0 is <s>, which OPT does not use.
 PAD_ID, EOS_ID = 1, 2
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -171,6 +172,7 @@ def _tokenizer_files(model: ModelConfig, options: HuggingFaceOptions) -> dict[st
     if options.tokenizer is None:
         return {}
     vocab, merges = find_files(options.tokenizer)
+    # As in the tokenizers of OPT's published folders.
     special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
     settings = {
         "tokenizer_class": "GPT2Tokenizer",

@@ -64,6 +64,7 @@ def metaseq_target(
 
 
 def _check_parts(model: ModelConfig, num_parts: int) -> None:
+    # What metaseq's tensor parallelism cuts; heads first, which limit it most.
     for what, size in (
         ("attention heads", model.num_attention_heads),
         ("feed-forward features", model.ffn_hidden_size),
@@ -111,6 +112,7 @@ class _Whole:
 
     def name(self, part: int) -> str:
         """File of a part."""
+        # As metaseq's released checkpoints are called.
         return "reshard.pt" if self.num_parts == 1 else f"reshard-model_part-{part}.pt"
 
     def files(self, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Any]]:
@@ -176,6 +178,7 @@ class _Flat:
                 (first, last), (start, stop) = self.shards(group)[0], self.shards(group)[shard]
                 # Shards are padded to the length of the first.
                 state[key] = TensorSpec(dtype, (last - first,), key)
+                # Names without the module's path, which metaseq puts before them again.
                 flat = {
                     "names": [one.metaseq.removeprefix(f"{path}.") if path else one.metaseq for one in group],
                     "shapes": [_part_shape(one, self.num_parts) for one in group],

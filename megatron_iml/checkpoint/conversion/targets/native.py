@@ -111,6 +111,7 @@ def _chunk(
             f"{parameter.name} has type {dtype}, in other layers it has {entry.properties.dtype}; allowed: "
             "one type in all layers; choose it with --dtype"
         )
+    # A chunk has every axis of the whole: a layer's is one thick along the stack.
     sizes = parameter.shape if parameter.layer is None else (1, *parameter.shape)
     entry.chunks.append(ChunkStorageMetadata(_offsets(parameter), torch.Size(sizes)))
     return TensorSpec(dtype, sizes)
