@@ -131,6 +131,14 @@ def test_a_document_of_one_slot_is_its_value() -> None:
     close(found["gradient of qkv"][:, :, :2], torch.zeros_like(qkv[:, :, :2]))
 
 
+def test_scores_far_below_zero_are_scores() -> None:
+    # The running maximum begins at a finite number, which has to lie below anything that a model computes.
+    qkv = normal(1, 1, 3, 16, seed=1, dtype=torch.float32).detach()
+    qkv[0, 0, 0], qkv[0, 0, 1] = 200.0, -100.0
+    out = document_attention(qkv, DocumentBounds.from_end(documents_end([1]).to(DEVICE)), 1.0)
+    torch.testing.assert_close(out, qkv[:, :, 2])
+
+
 # Below the smallest tile, filled up to 16; a tile's own; filled up to 128; the largest. From 80 on the
 # forward masks every tile.
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 128])
@@ -265,7 +273,7 @@ def test_strides_are_free(layout: str) -> None:
     gradient = normal(2, tokens, 16, seed=2, dtype=torch.float32).detach().transpose(0, 1)
     op = functools.partial(attend, end_T, 0.0)
     strided = run_op(op, {"qkv": qkv.requires_grad_()}, [gradient])
-    packed = run_op(op, {"qkv": qkv.detach().contiguous().requires_grad_()}, [gradient])
+    packed = run_op(op, {"qkv": qkv.detach().contiguous().requires_grad_()}, [gradient.contiguous()])
     for name, value in strided.items():
         # Whether a tile is read from a matrix or from four dimensions does not show in a bit.
         assert torch.equal(value, packed[name])
