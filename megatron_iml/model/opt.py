@@ -121,7 +121,7 @@ class OPTModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            # Tied: on the first stage too, the embedding is the head and this layer holds no weight.
+            # Tied: where this stage also embeds, the embedding is the head and this layer holds no weight.
             self.output_layer = TargetHead(
                 config.hidden_size,
                 model.vocab_size,
