@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_iml.data.ledger import Drops
-from megatron_iml.data.tables import csv_records, separated_lines, table_files, table_rows
+from megatron_iml.data.tables import csv_records, row_key, separated_lines, table_files, table_rows
 
 
 def rows_of(tmp_path, name: str, content: bytes):
@@ -30,6 +30,11 @@ def test_a_json_file_may_be_an_array_or_json_lines(tmp_path):
         (2, {"a": True}),
     ]
     assert rows_of(tmp_path, "b.json", b'{"a": 1}\n\n{"a": 2}\n') == [(1, {"a": 1}), (3, {"a": 2})]
+
+
+def test_copies_of_a_row_have_one_key_whatever_their_number_and_order():
+    assert row_key({"id": 1, "a": "x", "b": [2]}) == row_key({"b": [2], "a": "x", "id": 7})
+    assert row_key({"a": "x"}) != row_key({"a": "y"})
 
 
 def test_parquet_rows(tmp_path):

@@ -84,6 +84,7 @@ def _without_repeats(read: Sequence[tuple[Source, Sequence[Task]]], drops: Drops
         for task in tasks:
             if source.only_new and not seen.isdisjoint(task.data_sources):
                 assert source.folder is not None, f"{task.name} has data sources, and yet no folder"
+                # No file, but this is where the ledger keeps what was passed over.
                 drops.skip_file(source.folder / task.name, "only_new: another source has its data set")
             else:
                 kept.append(task)
@@ -127,6 +128,7 @@ def load_bench_config(path: Path, source_root: Path | None = None) -> BenchConfi
     # Absolute, since a reader may run after the working folder has changed.
     root = (source_root or path.parent).absolute()
     sources = [_source(path, root, entry) for entry in content["sources"]]
+    # A path stands for an optional source that is not there.
     present = tuple(source for source in sources if isinstance(source, Source))
     absent = tuple(source for source in sources if isinstance(source, Path))
     if not present:

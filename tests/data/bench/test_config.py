@@ -122,3 +122,16 @@ def test_only_new_leaves_out_data_sets_that_another_source_has(tmp_path):
         "crossfit/codah": "only_new: another source has its data set",
         "exmix/cogs": "only_new: another source has its data set",
     }
+
+
+def test_the_digest_of_inputs_changes_with_options_and_files(tmp_path):
+    good = (
+        "sources:\n- {reader: reasoning_gym, options: {seed: 1}}\n- {reader: source_target, folder: data}\n"
+    )
+    path = write(tmp_path, good + "splits: splits.yaml\n")
+    first = load_bench_config(path).inputs_digest()
+    assert load_bench_config(path).inputs_digest() == first
+    path.write_text(path.read_text().replace("seed: 1", "seed: 2"))
+    other = load_bench_config(path).inputs_digest()
+    (tmp_path / "data" / "B__C__t.jsonl").write_text('{"src": "a", "tgt": "longer"}\n')
+    assert len({first, other, load_bench_config(path).inputs_digest()}) == 3

@@ -114,6 +114,11 @@ def test_long_prompts_lose_demonstrations_not_the_instruction(bench, tmp_path):
     prompts = [row["src"] for row in rows_of(shown, "task_level")]
     assert all(len(prompt) <= 90 and prompt.startswith(RULE) for prompt in prompts)
     assert {len(shown_numbers(prompt, "Input: ")) - 1 for prompt in prompts} <= {1, 2, 3}
+    # The one nearest to the question stays.
+    full = add_demonstrations(bench, Demonstrations(shots=5), tmp_path / "full")
+    for row, whole in zip(prompts, rows_of(full, "task_level"), strict=True):
+        kept = shown_numbers(row, "Input: ")
+        assert kept == shown_numbers(whole["src"], "Input: ")[-len(kept) :]
     left_out = shown.ledger()["tasks"]["B__A__task_level"]["repaired"]
     assert left_out["demonstration left out: the prompt would be too long"] > 20
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_iml.data.contamination.index import IndexBuilder, NgramIndex
+from megatron_iml.data.contamination.index import IndexBuilder, NgramIndex, settle_templates
 
 
 def test_index_is_the_dictionary(tmp_path: Path) -> None:
@@ -61,6 +61,22 @@ def test_validation_and_test_of_a_task_share_their_templates(tmp_path: Path) -> 
         builder.add(np.full(6, 7, np.uint64), np.array([0, 1, 2, 10, 11, 12]))
         builder.finish(np.array([0, 10, 20]), np.array(tasks))
         assert NgramIndex.open(tmp_path).is_template_U.tolist() == [is_template]
+
+
+def test_templates_reach_as_far_as_an_ngram_and_no_further(tmp_path: Path) -> None:
+    # Two words each. In the first text 5 is a template and reaches 4 and 6, in the second 6 is none itself.
+    texts = [
+        (np.array([3, 4, 5, 6, 7], np.uint64), np.zeros(5, int)),
+        (np.array([6, 8], np.uint64), np.zeros(2, int)),
+    ]
+    builder = IndexBuilder(tmp_path)
+    for row, (hashes, _) in enumerate(texts):
+        builder.add(hashes, np.full(len(hashes), row))
+    builder.finish(np.array([0, 2]), np.array([0]))
+    (number,) = NgramIndex.open(tmp_path).find(np.array([5], np.uint64))[1]
+    settle_templates(tmp_path, [np.array([number])], texts, n=2)
+    index = NgramIndex.open(tmp_path)
+    assert index.hashes_U[index.is_template_U].tolist() == [4, 5, 6]
 
 
 FEW_FILES = """

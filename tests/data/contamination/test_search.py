@@ -1,7 +1,7 @@
 """Planted overlaps are found, shown and removed; instructions in common are not."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from corpora import ROWS, write_bench
 from megatron_iml.data.bench.folder import Bench, BenchFile, manifest_bytes, verify_bench
 from megatron_iml.data.contamination.removal import load_decisions, remove_contamination
 from megatron_iml.data.contamination.report import pairs_over, write_report
-from megatron_iml.data.contamination.search import Search, find_contamination, open_findings
+from megatron_iml.data.contamination.search import Search, find_contamination, open_findings, row_texts
 
 INSTRUCTION = (
     "Read the passage below with care and then answer the question that follows it in one word only."
@@ -40,14 +40,22 @@ def trivia_row(index: int) -> str:
     return f"{INSTRUCTION} {text}"
 
 
-def make_bench(folder: Path, quiz: Sequence[int] = range(100)) -> Bench:
+def other_row(index: int) -> str:
+    return words("other", index)
+
+
+def make_bench(
+    folder: Path, quiz: Sequence[int] = range(100), other: Callable[[int], str] = other_row, short: int = 0
+) -> Bench:
     """All rows of `trivia` hold the instruction of `quiz`, rows 0 to 3 the passages of its rows 10 to 13."""
     entries, accounts = [], {}
-    for stem, split, level, text, indices in (
+    files = [
         (TRIVIA, "train", "fully_supervised", trivia_row, range(100)),
-        (OTHER, "train", "fully_supervised", lambda index: words("other", index), range(100)),
+        (OTHER, "train", "fully_supervised", other, range(100)),
+        (QUIZ, "validation", "fully_held_out", str, range(short)),
         (QUIZ, "test", "fully_held_out", quiz_row, quiz),
-    ):
+    ]
+    for stem, split, level, text, indices in (file for file in files if file[-1]):
         benchmark, category, task = stem.split("__")
         rows = [{"id": f"{task}-{i}", "src": text(i), "tgt": f"answer {i}"} for i in indices]
         data = b"".join(orjson.dumps(row) + b"\n" for row in rows)
@@ -55,7 +63,9 @@ def make_bench(folder: Path, quiz: Sequence[int] = range(100)) -> Bench:
         (folder / split / f"{stem}.jsonl").write_bytes(data)
         digest, file = sha256(data).hexdigest(), f"{split}/{stem}.jsonl"
         entries.append(BenchFile(task, benchmark, category, level, split, len(rows), "rouge_l", digest, file))
-        accounts[stem] = {"read": len(rows), "written": {split: len(rows)}, "dropped": {}, "repaired": {}}
+        account = accounts.setdefault(stem, {"read": 0, "written": {}, "dropped": {}, "repaired": {}})
+        account["read"] += len(rows)
+        account["written"][split] = len(rows)
     (folder / "manifest.json").write_bytes(manifest_bytes(1, {}, entries))
     (folder / "ledger.json").write_bytes(orjson.dumps({"tasks": accounts, "skipped_files": {}}))
     return verify_bench(folder)
@@ -172,6 +182,29 @@ def test_a_whole_task_goes(bench: Bench, tmp_path: Path, decision: str, file: st
     remove_contamination(bench.folder, tmp_path / "found", tmp_path / "clean")
     clean = verify_bench(tmp_path / "clean")
     assert {entry.file for entry in bench.entries} - {entry.file for entry in clean.entries} == {file}
+
+
+def test_two_training_tasks_take_rows_of_one_evaluation_file(tmp_path: Path) -> None:
+    # The test file's rows are counted after those of the validation file.
+    bench = make_bench(
+        tmp_path / "bench", other=lambda i: words("quiz", 20 + i) if i < 3 else other_row(i), short=5
+    )
+    findings = search(bench, tmp_path / "found")
+    file = f"test/{QUIZ}.jsonl"
+    assert findings.rows_too_short == {f"validation/{QUIZ}.jsonl": 5, file: 0}
+    write_report(findings, 0.01)
+    decisions = tmp_path / "found" / "decisions.yaml"
+    proposed = decisions.read_text()
+    assert proposed.count("decision: remove_training_examples") == 2
+    decisions.write_text(proposed.replace("remove_training_examples\n", "remove_evaluation_examples\n"))
+    remove_contamination(bench.folder, tmp_path / "found", tmp_path / "clean")
+    gone = ids(bench, file) - ids(verify_bench(tmp_path / "clean"), file)
+    assert gone == {f"quiz-{i}" for i in (10, 11, 12, 13, 20, 21, 22)}
+
+
+def test_further_references_are_compared_on_their_own() -> None:
+    row = {"id": "1", "src": "Who?", "tgt": "he", "references": ["he", "she or they"]}
+    assert row_texts(row) == ["Who? he", "she or they"]
 
 
 def test_a_bench_without_evaluation_has_nothing_to_compare(tmp_path: Path) -> None:

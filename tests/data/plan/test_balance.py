@@ -46,6 +46,9 @@ def test_a_heavy_row_trades_for_a_cheaper_document_of_as_many_slots() -> None:
     rows = trade_alike(slots, costs, np.array([0, 0, 1, 1, 2, 2]), np.arange(3), HEAVY_ROW)
     assert np.bincount(rows, costs).tolist() == [70, 80, 100]
     assert rows.tolist() == [2, 0, 1, 1, 0, 2]
+    # The one that can be traded is the cheapest of its row.
+    slots, costs, rows = np.array([5, 3, 4, 3]), np.array([60, 50, 20, 10]), np.array([0, 0, 1, 1])
+    assert trade_alike(slots, costs, rows, np.arange(2), HEAVY_ROW).tolist() == [0, 1, 1, 0]
     # Nothing takes as many slots as the only document of a heavy row.
     alone = np.array([0, 1, 1])
     assert trade_alike(np.array([8, 3, 3]), np.array([90, 9, 1]), alone, np.arange(2), 1.1).tolist() == [
@@ -54,6 +57,14 @@ def test_a_heavy_row_trades_for_a_cheaper_document_of_as_many_slots() -> None:
         1,
     ]
     assert trade_alike(*(np.array([], dtype=int) for _ in range(4)), HEAVY_ROW).tolist() == []
+
+
+def test_a_row_trades_no_more_than_makes_it_light_enough() -> None:
+    # Rows of 100, 80 and 72, 84 on average. At 90 the first is within 1.08 of that, and keeps the 40 that it
+    # could trade for a 36.
+    slots, costs = np.array([5, 3, 5, 3, 5, 3]), np.array([60, 40, 50, 30, 36, 36])
+    rows = trade_alike(slots, costs, np.array([0, 0, 1, 1, 2, 2]), np.arange(3), 1.08)
+    assert rows.tolist() == [1, 0, 0, 1, 2, 2]
 
 
 def test_a_heavy_group_trades_its_light_rows_documents_where_the_heavy_one_has_none_to_trade() -> None:
@@ -137,6 +148,9 @@ def test_groups_with_heavy_rows_lie_apart_in_another_order_for_every_key() -> No
     assert set(in_order[::3]) == set(range(67, 101))
     assert in_order[::3].tolist() != sorted(in_order[::3], reverse=True)
     assert (space_groups(heaviest, stream_key(2)) != places).any()
+    # Heavy, middling and light groups are shuffled apart from one another.
+    orders = [(places[first : first + 33] // 3).tolist() for first in (0, 34, 67)]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
     assert space_groups(np.array([], dtype=int), stream_key(1)).tolist() == []
 
 

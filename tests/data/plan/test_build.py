@@ -158,6 +158,15 @@ def test_mixture_is_followed(tmp_path: Path) -> None:
         foresee_plan(corpus, replace(config, rows=None))
 
 
+def test_shared_prefixes_make_room_for_more_draws(tmp_path: Path) -> None:
+    # 41 tokens of which 40 are the same: four of them take 40 + 3 x 1 slots instead of 4 x 41.
+    alike = [lengths_document(40, 3, first_id=7)[:1] + [[900 + i, 2]] for i in range(64)]
+    corpus = write_corpus(tmp_path / "c", {"A__x__y": alike})
+    config = PackingConfig(Mixture(), row_length=128, rows=30, seed=1, window=64)
+    apart = foresee_plan(corpus, config).blend.draws
+    assert foresee_plan(corpus, replace(config, branches=3)).blend.draws > 2 * apart
+
+
 def test_impossible_plans(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "c", {"A__x__y": [lengths_document(4, 30)]})
     for rows, message in ((3, "no document of the mixture fits a row"), (None, "no document fits 9 tokens")):

@@ -7,6 +7,7 @@ import pytest
 from corpora import lengths_document, write_corpus
 
 from megatron_iml.data.corpus.folder import Corpus
+from megatron_iml.data.plan import draws as plan_draws
 from megatron_iml.data.plan.draws import Draws, DrawStream, Lengths, draw_window, measure_tasks
 from megatron_iml.data.plan.shares import UNBOUNDED
 
@@ -31,6 +32,19 @@ def test_windows_cut_one_stream(mixed_corpus: Corpus, windows: int) -> None:
     assert cut.task_N.tolist() == whole.task_N.tolist()
     assert cut.document_N.tolist() == whole.document_N.tolist()
     assert cut.reference_N.tolist() == whole.reference_N.tolist()
+
+
+@pytest.mark.parametrize("fraction", [0.0, float(np.nextafter(1, 0))])
+def test_no_draw_is_lost_or_doubled_where_windows_meet(
+    mixed_corpus: Corpus, monkeypatch: pytest.MonkeyPatch, fraction: float
+) -> None:
+    # Both ends of what may come at random: on a border, and so near the next one that sums round to it.
+    monkeypatch.setattr(plan_draws, "fractions", lambda key_N, index_N: np.full(len(index_N), fraction))
+    for windows in (3, 7, 11, 23, 49):
+        for quotas in (QUOTAS, np.array([49, 3, 77, 11]), np.array([47, 1, 29, 98])):
+            stream = DrawStream(mixed_corpus.task_records, quotas, quotas, 65, 1, windows)
+            tasks = [draw_window(mixed_corpus, stream, n).task_N for n in range(stream.last_window + 1)]
+            assert np.bincount(np.concatenate(tasks), minlength=4).tolist() == quotas.tolist()
 
 
 def test_the_stream_goes_on_at_the_same_rates(mixed_corpus: Corpus) -> None:
