@@ -3,7 +3,7 @@
 Examples:
   python tools/checkpoint/convert.py native --input opt-6.7b --output weights/opt-6.7b --inference-prefix eos
   python tools/checkpoint/convert.py hugging-face --input run/checkpoints/iter_0004000 --output export \\
-      --tokenizer opt-tokenizer --verify
+      --tokenizer-model opt-tokenizer --verify
   python tools/checkpoint/convert.py metaseq --input weights/opt-30b --output parts --parts 2
 
 What --input is, is found out. Native weights start a run (checkpoint.initial_weights) or are evaluated.
@@ -46,13 +46,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--inference-prefix",
         choices=("none", "eos"),
         help="token before prompts: eos for base OPT, none for tuned models (default: as the input says); a "
-        "Hugging Face folder says it with --tokenizer only",
+        "Hugging Face folder says it with --tokenizer-model only",
     )
     forms.add_parser("native", parents=[common, prefix], help="megatron-core's distributed format")
     hugging_face = forms.add_parser(
         "hugging-face", parents=[common, prefix], help="a folder for transformers"
     )
-    hugging_face.add_argument("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, to add")
+    hugging_face.add_argument(
+        "--tokenizer-model", type=Path, help="folder with vocab.json and merges.txt, to add"
+    )
     hugging_face.add_argument("--container", choices=("safetensors", "bin"), default="safetensors")
     hugging_face.add_argument(
         "--max-shard-bytes", type=at_least_one, default=5_000_000_000, help="per file (default: %(default)s)"
@@ -87,17 +89,17 @@ def plan(arguments: argparse.Namespace, source: "Source") -> "Target":
         return native_target(replace(model, inference_prefix=prefix), types)
     if arguments.form == "metaseq":
         return metaseq_target(model, types, arguments.parts, arguments.shards)
-    if arguments.inference_prefix and not arguments.tokenizer:
+    if arguments.inference_prefix and not arguments.tokenizer_model:
         raise ValueError(
-            f"--inference-prefix: got {arguments.inference_prefix} without --tokenizer, whose settings are "
-            "the only place for it in a Hugging Face folder; add --tokenizer, or leave it out"
+            f"--inference-prefix: got {arguments.inference_prefix} without --tokenizer-model, whose settings "
+            "are the only place for it in a Hugging Face folder; add --tokenizer-model, or leave it out"
         )
     options = HuggingFaceOptions(
         container=arguments.container,
         max_shard_bytes=arguments.max_shard_bytes,
-        tokenizer=arguments.tokenizer,
+        tokenizer=arguments.tokenizer_model,
         # Without a tokenizer nothing is written that could say it.
-        prefix=inference_prefix(source, arguments.inference_prefix) if arguments.tokenizer else "none",
+        prefix=inference_prefix(source, arguments.inference_prefix) if arguments.tokenizer_model else "none",
     )
     return hugging_face_target(model, types, options)
 

@@ -320,7 +320,7 @@ def test_options_that_do_not_fit(tmp_path, capsys) -> None:
     assert "--parts: got 3; allowed: a divisor of the model's 4 attention heads" in message
     assert "--vocab-size: got 0" in refusal(source, capsys, "hugging-face", "--vocab-size", "0")
     message = refusal(source, capsys, "hugging-face", "--inference-prefix", "eos")
-    assert "--inference-prefix: got eos without --tokenizer" in message
+    assert "--inference-prefix: got eos without --tokenizer-model" in message
     for option in ("--parts", "--shards"):
         with pytest.raises(SystemExit):
             converter.run("metaseq", source, tmp_path / "out", option, "0")

@@ -159,7 +159,7 @@ def _generation(model: ModelConfig, options: HuggingFaceOptions) -> dict[str, An
         entries = Tokenizer.load(options.tokenizer).vocab_size
         if entries > model.vocab_size:
             raise ValueError(
-                f"--tokenizer {options.tokenizer}: has {entries} entries; allowed: at most the model's "
+                f"--tokenizer-model {options.tokenizer}: has {entries} entries; allowed: at most the model's "
                 f"{model.vocab_size} embedding rows; name the tokenizer that the model was trained with"
             )
         # Rows that only pad the vocabulary have logits too, and would win now and then.

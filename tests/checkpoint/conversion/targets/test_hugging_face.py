@@ -41,7 +41,8 @@ def test_transformers_answers_as_the_native_model(tmp_path, tokenizer_folder, pr
     assert converter.run("native", *places, "--inference-prefix", prefix) == 0
     out = tmp_path / "out"
     assert (
-        converter.run("hugging-face", places[1], out, "--tokenizer", str(tokenizer_folder), "--verify") == 0
+        converter.run("hugging-face", places[1], out, "--tokenizer-model", str(tokenizer_folder), "--verify")
+        == 0
     )
 
     model, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -85,7 +86,7 @@ def test_transformers_answers_as_the_native_model(tmp_path, tokenizer_folder, pr
 def test_the_prefix_may_be_told_where_the_input_does_not_say_it(tmp_path, tokenizer_folder, capsys) -> None:
     vocab = Tokenizer.load(tokenizer_folder).padded_vocab_size
     foreign.write_metaseq(tmp_path / "in", foreign.random_opt(vocab=vocab))
-    places, options = (tmp_path / "in", tmp_path / "out"), ("--tokenizer", str(tokenizer_folder))
+    places, options = (tmp_path / "in", tmp_path / "out"), ("--tokenizer-model", str(tokenizer_folder))
     assert converter.run("hugging-face", *places, *options) == 2
     assert "does not say which token prompts begin with" in capsys.readouterr().err
     assert converter.run("hugging-face", *places, *options, "--inference-prefix", "eos") == 0
@@ -111,7 +112,7 @@ def test_shards_are_as_large_as_asked_and_listed(tmp_path) -> None:
 
 def test_a_tokenizer_with_more_entries_than_rows_is_refused(tmp_path, tokenizer_folder, capsys) -> None:
     foreign.write_hugging_face(tmp_path / "in", foreign.random_opt())
-    options = ("--tokenizer", str(tokenizer_folder))
+    options = ("--tokenizer-model", str(tokenizer_folder))
     native = ("--inference-prefix", "none")
     assert converter.run("native", tmp_path / "in", tmp_path / "native", *native) == 0
     assert converter.run("hugging-face", tmp_path / "native", tmp_path / "out", *options) == 2
