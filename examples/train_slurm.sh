@@ -25,6 +25,7 @@ config=$1
 shift
 saved_and_left=75
 
+: "${SLURM_JOB_NODELIST:?error: this is a job script: sbatch $0 CONFIG, or train_node.sh outside of SLURM}"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR="${hosts[0]}"
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))

@@ -8,11 +8,12 @@ A mistake is one line on standard error and exit status 2; anything else is a bu
 """
 
 import argparse
+import difflib
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 MISTAKE = 2
@@ -21,9 +22,26 @@ SILENT_RANK_SECONDS = 5.0
 """Longer than ranks of a node are apart in finding a mistake; torchrun ends them once rank 0 has left."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says first which option it does not know; argparse would say first which one is missing for it."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):  # type: ignore[override]  # noqa: ANN201
+        known = self._option_string_actions
+        # Only what a subcommand takes is known before it is.
+        for word in (sys.argv[1:] if args is None else args) if self._subparsers is None else ():
+            if word == "--":
+                break
+            option = word.partition("=")[0]
+            if option.startswith("--") and option not in known:
+                near = difflib.get_close_matches(option, known, n=1)
+                meant = f"did you mean {near[0]}? " if near else ""
+                self.error(f"no such option: {option}; {meant}allowed: {', '.join(sorted(known))}")
+        return super().parse_args(args, namespace)
+
+
 def command_parser(description: str, program: str | None = None) -> argparse.ArgumentParser:
     """A parser of options under their whole names, which shows a module's docstring as it stands."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=program,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

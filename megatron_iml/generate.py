@@ -1,7 +1,7 @@
 """Answer prompts with a checkpoint, greedily, as the evaluation does.
 
 Example: python -m megatron_iml.generate --config train.yaml --checkpoint runs/a/checkpoints/iter_0000400 \\
-    --prompt "2 + 2 =\\nA:" evaluation.tokenizer=opt-tokenizer
+    --prompt $'2 + 2 =\\nA:' evaluation.tokenizer=opt-tokenizer
 
 Answers are JSON lines {"id", "src", "answer", "finished"}; `finished` is false where
 evaluation.max_new_tokens ended it.
@@ -28,7 +28,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="native or Hugging Face folder; `start` for the weights that training starts from",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="one prompt; \\n stands for a newline")
+    source.add_argument("--prompt", help="one prompt, as it is")
     source.add_argument("--prompts", type=Path, help="JSON lines with src and perhaps id, e.g. a bench file")
     parser.add_argument("--output", type=Path, help="file for the answers (default: the console)")
     return parser.parse_args(arguments)
@@ -44,8 +44,8 @@ def read_prompts(arguments: argparse.Namespace) -> list["Question"]:
             f"--prompts: got {arguments.prompts}, which is not there; allowed: JSON lines; correct the path"
         )
     if arguments.prompt is not None:
-        # A shell passes the two characters backslash and n; real newlines come through as they are.
-        return [Question("0", arguments.prompt.replace("\\n", "\n"), ())]
+        # As it is: a backslash and an n may begin a \\nabla; a shell's $'...' makes newlines.
+        return [Question("0", arguments.prompt, ())]
     # The line and not the place: a reader finds an answer's prompt by its number, blank lines or not.
     questions = []
     for number, row in json_lines(arguments.prompts):

@@ -36,6 +36,27 @@ def test_mistakes_in_options(arguments: list[str], message: str, capsys: pytest.
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--corpus", "c"], "no such option: --corpus; allowed: --help, --input, -h"),
+        (["--inputs=c"], "no such option: --inputs; did you mean --input? allowed"),
+        # An abbreviation is no option either.
+        (["--inp", "c"], "no such option: --inp; did you mean --input? allowed"),
+        ([], "the following arguments are required: --input"),
+    ],
+)
+def test_an_unknown_option_is_named_before_one_that_is_missing(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = command.command_parser("d")
+    parser.add_argument("--input", required=True)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(words)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_first_rank_speaks_and_the_others_let_it_leave_first(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,3 +110,9 @@ def test_the_slurm_launcher_requeues_what_saved_and_left(tmp_path: Path, status:
     started, *after = done.stdout.splitlines()
     assert started == "9/16 1/8 gpu-1:21007 -m megatron_iml.train --config train.yaml training.steps=3"
     assert after == (["requeue 41007"] if requeued else [])
+
+
+def test_the_slurm_launcher_is_a_job_script() -> None:
+    done = launch("train_slurm.sh", "train.yaml", SLURM_JOB_NODELIST="")
+    assert done.returncode != 0
+    assert "error: this is a job script: sbatch" in done.stderr and done.stdout == ""

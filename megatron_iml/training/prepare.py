@@ -4,9 +4,11 @@ What enters: a checked `Config` and this rank's place. What leaves: a `Run`. Wha
 found here, on every rank, before the model is built, and said once (`agree.py`).
 """
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_iml.checkpoint.load import check_share_of_files, load_run, newest_checkpoint
 from megatron_iml.checkpoint.record import RunState, check_same_shape, read_record
@@ -40,6 +42,8 @@ class Run:
     """Where the weights came from."""
     tidied: list[str]
     """What was done about an earlier run that died."""
+    changed: list[str]
+    """What the configuration says otherwise than that of the checkpoint, as `section.field: old -> new`."""
 
     def introduction(self) -> Iterator[str]:
         """The lines a run opens with."""
@@ -54,6 +58,10 @@ class Run:
         )
         if self.state.step:
             yield f"resumed after step {self.state.step}"
+        # Allowed, most of it, but not by accident: the schedule and the batch follow the new values.
+        yield from (f"changed since then: {change}" for change in self.changed)
+        if self.state.step >= self.config.training.steps:
+            yield f"nothing to do: all {self.config.training.steps} steps are done"
         yield from self.tidied
         if self.config.training.self_test:
             yield "self-test passed: no document sees another on this layout"
@@ -76,6 +84,7 @@ def prepare(config: Config, layout: Layout) -> Run:
     # From here on ranks wait for one another in collectives, so nothing below is a user's to get wrong.
     engine = build_engine(config, layout)
     state, start = _fill(engine, newest, train_loader)
+    changed = changed_fields(read_record(newest).config, asdict(config)) if newest is not None else []
     # After the weights: what uninitialised ones give proves nothing.
     if config.training.self_test:
         run_self_test(engine)
@@ -87,17 +96,36 @@ def prepare(config: Config, layout: Layout) -> Run:
     if config.checkpoint.save_interval:
         store.reserve(engine)
     tidied = store.tidy()
-    return Run(config, directory, engine, store, train_loader, validation_loaders, state, start, tidied)
+    return Run(
+        config, directory, engine, store, train_loader, validation_loaders, state, start, tidied, changed
+    )
+
+
+def changed_fields(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """`section.field: old -> new` of every field that two resolved configurations do not share."""
+    # A record went through JSON, where tuples are lists.
+    after = json.loads(json.dumps(after))
+    return [
+        f"{section}.{field}: {before.get(section, {}).get(field)} -> {value}"
+        for section, fields in after.items()
+        for field, value in fields.items()
+        if value != before.get(section, {}).get(field)
+    ]
 
 
 def _open_data(config: Config) -> tuple[Loader, dict[str, Loader]]:
     data = config.data
     assert data.train_corpus and data.train_plan, "check_config asks for both"
     train_loader = open_loader(Path(data.train_corpus), Path(data.train_plan), config)
-    validation = {
-        level: open_loader(Path(data.validation_corpus or ""), Path(plan), config)
-        for level, plan in data.validation_plans.items()
-    }
+    validation = {}
+    for level, plan in data.validation_plans.items():
+        try:
+            validation[level] = open_loader(Path(data.validation_corpus or ""), Path(plan), config)
+        except FileNotFoundError as missing:
+            # A bench may have no task of a level, and then there is no plan to be made.
+            raise FileNotFoundError(
+                f"data.validation_plans.{level}: {missing}, or leave the level out"
+            ) from None
     return train_loader, validation
 
 

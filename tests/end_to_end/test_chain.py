@@ -74,7 +74,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(chain: Path, whole_run:
         time.sleep(0.02)
     signal_all(process, signal.SIGKILL)
     assert len(rows_of(folder)) < STEPS, "the run was over before it could be killed"
-    assert "resumed after step" in finish(launch(2, *command))
+    said = finish(launch(2, *command))
+    assert "resumed after step" in said and "changed since then" not in said
     undisturbed, joined = rows_of(whole_run), rows_of(folder)
     assert [[row[key] for key in EXACT] for row in joined] == [
         [row[key] for key in EXACT] for row in undisturbed
@@ -93,7 +94,7 @@ def test_a_run_resumes_under_another_layout(chain: Path, whole_run: Path):
     assert len(rows_of(folder)) < STEPS, "the run was over before it could be stopped"
     saved = complete_checkpoints(folder / "checkpoints")[-1].name
     assert saved == f"iter_{len(rows_of(folder)):07d}", f"a stopped run saves its last step:\n{error}"
-    finish(launch(1, *command))
+    assert "changed since then: checkpoint.save_interval: 5 -> 10" in finish(launch(1, *command))
     undisturbed, joined = rows_of(whole_run), rows_of(folder)
     assert [row["documents_crc"] for row in joined] == [row["documents_crc"] for row in undisturbed]
     # Sums over ranks in another order: fp32 rounding, grown over the steps at a high learning rate.

@@ -249,7 +249,7 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
         (["parallel.pipeline_model_parallel_size=2"], "error: parallel.pipeline_model_parallel_size: got 2"),
         (["parallel.tensor_model_parallel_size=4"], "error: world size: got 1; allowed: a multiple of"),
         (["model.initialisation=null"], "error: --checkpoint start: got neither"),
-        (["--checkpoint", "absent"], "error: absent is no complete checkpoint"),
+        (["--checkpoint", "absent"], "error: absent: no such folder; complete checkpoints beside it"),
         (["--baseline", "absent"], "error: no absent/report.json: a baseline is"),
     ],
 )

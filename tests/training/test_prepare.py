@@ -1,6 +1,7 @@
 """A checkpoint that a run cannot go on from is refused before the model is built."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from helpers import tiny_config
 from megatron_iml.checkpoint.record import Record, RunState, StoredFile, write_record
 from megatron_iml.config import Config
 from megatron_iml.training import prepare
-from megatron_iml.training.prepare import _check_start, open_loader
+from megatron_iml.training.prepare import _check_start, changed_fields, open_loader
 
 # 2 rows a step, 4 steps: 8 rows, of which the checkpoint has seen 6.
 STATE = RunState(3, 6, "abc", "corpus")
@@ -75,6 +76,30 @@ def test_weights_alone_are_no_state_to_go_on_from(tmp_path: Path) -> None:
     write_record(folder, Record(STATE, dataclasses.asdict(tiny_config()), 1, {}, {}, "", {}))
     with pytest.raises(ValueError, match="holds weights only.*checkpoint.initial_weights"):
         _check_start(config_of(), folder, SimpleNamespace(fingerprint="abc", num_rows=8))
+
+
+def test_what_a_resumed_run_does_otherwise_is_named() -> None:
+    before = json.loads(json.dumps(dataclasses.asdict(config_of())))
+    assert changed_fields(before, dataclasses.asdict(config_of())) == []
+    after = dataclasses.asdict(config_of(seed=7))
+    assert changed_fields(before, after) == [f"training.seed: {config_of().training.seed} -> 7"]
+    # A field that the older configuration did not have yet.
+    del before["training"]["seed"]
+    assert changed_fields(before, after) == ["training.seed: None -> 7"]
+
+
+def test_a_level_without_a_plan_names_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(corpus: Path, plan: Path, config: Config) -> str:
+        if plan.name == "held":
+            raise FileNotFoundError("no plan in held")
+        return "loader"
+
+    monkeypatch.setattr(prepare, "open_loader", opened)
+    data = dataclasses.replace(
+        config_of().data, train_corpus="c", train_plan="p", validation_plans={"fully_held_out": "held"}
+    )
+    with pytest.raises(FileNotFoundError, match="^data.validation_plans.fully_held_out: no plan in held, or"):
+        prepare._open_data(dataclasses.replace(config_of(), data=data))
 
 
 def test_no_such_weights(tmp_path: Path) -> None:

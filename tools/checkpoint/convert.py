@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_iml.command import at_least_one, run_command
+from megatron_iml.command import at_least_one, command_parser, run_command
 
 if TYPE_CHECKING:
     from megatron_iml.checkpoint.conversion.source import Source
@@ -36,9 +36,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--num-attention-heads", type=at_least_one, help="for metaseq files of an unpublished size"
     )
     common.add_argument("--verify", action="store_true", help="compare logits before the output appears")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     forms = parser.add_subparsers(dest="form", required=True, metavar="FORMAT")
     # A parent, not an option of all: metaseq's files have no place for it.
     prefix = argparse.ArgumentParser(add_help=False)

@@ -15,14 +15,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_iml.command import at_least_one, run_command
+from megatron_iml.command import at_least_one, command_parser, run_command
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="whether a layout can load it, and what each rank reads")
     check.add_argument("checkpoint", type=Path, help="iter_XXXXXXX")

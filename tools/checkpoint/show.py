@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_iml.command import run_command
+from megatron_iml.command import command_parser, run_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line; nothing heavy is imported before it is parsed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("folder", type=Path, help="iter_XXXXXXX, or the folder of a run's checkpoints")
     parser.add_argument("--verify", action="store_true", help="compare every file with its size and SHA-256")
     parser.add_argument("--tensors", action="store_true", help="list every tensor (imports torch)")
