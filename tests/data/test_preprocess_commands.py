@@ -1,7 +1,6 @@
 """The preprocessing commands end to end on a tiny bench, and what they say when the user errs."""
 
 import json
-import re
 import subprocess
 import sys
 from hashlib import sha256
@@ -191,12 +190,10 @@ def test_contamination_options_have_bounds(option: tuple[str, str], message: str
     ],
 )
 def test_an_option_has_one_name(command: str, other: str) -> None:
-    names = ("--input", "--output", "--output-prefix", "--tokenizer-model", "--rows", "--document")
-    given = [f"{name}=1" for name in names if not name.startswith(other)]
-    result = run(command, *given, f"{other}=1")
+    result = run(command, f"{other}=1")
     assert result.returncode == 2
-    # Not taken for a longer name either: that one is then missing.
-    assert re.search(rf"unrecognized arguments: .*{other}=1|are required: {other}", result.stderr), other
+    # Not taken for a longer name either.
+    assert f"no such option: {other}; " in result.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)
