@@ -26,6 +26,7 @@ class _Parser(argparse.ArgumentParser):
     """Says first which option it does not know; argparse would say first which one is missing for it."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):  # type: ignore[override]  # noqa: ANN201
+        """As argparse's, but a word that begins with -- and is no option of this parser ends it first."""
         known = self._option_string_actions
         # Only what a subcommand takes is known before it is.
         for word in (sys.argv[1:] if args is None else args) if self._subparsers is None else ():

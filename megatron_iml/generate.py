@@ -44,7 +44,7 @@ def read_prompts(arguments: argparse.Namespace) -> list["Question"]:
             f"--prompts: got {arguments.prompts}, which is not there; allowed: JSON lines; correct the path"
         )
     if arguments.prompt is not None:
-        # As it is: a backslash and an n may begin a \\nabla; a shell's $'...' makes newlines.
+        # As it is: a backslash and an n may begin a \nabla; a shell's $'...' makes newlines.
         return [Question("0", arguments.prompt, ())]
     # The line and not the place: a reader finds an answer's prompt by its number, blank lines or not.
     questions = []

@@ -113,14 +113,13 @@ def read_record(folder: Path) -> Record:
         ValueError: if it is of another format version, or the record is damaged.
     """
     marker = folder / MARKER
-    if not folder.is_dir():
-        beside = [path.name for path in complete_checkpoints(folder.parent)]
-        raise FileNotFoundError(
-            f"{folder}: no such folder; complete checkpoints beside it: {beside or 'none'}"
-        )
     if not marker.is_file():
-        inside = [path.name for path in complete_checkpoints(folder)]
         beside = [path.name for path in complete_checkpoints(folder.parent)]
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder}: no such folder; complete checkpoints beside it: {beside or 'none'}"
+            )
+        inside = [path.name for path in complete_checkpoints(folder)]
         others = (
             f"name one of those in it: {inside}" if inside else f"complete ones beside it: {beside or 'none'}"
         )
