@@ -41,6 +41,11 @@ class TileSchedule:
     tiles on the diagonal come last and always; what follows them is unspecified."""
     num_key_tiles_Q: Tensor
     """How many of them there are."""
+    tall_key_tiles_PK: Tensor
+    """The same for query tiles of twice as many rows, which read key tiles half as often; empty unless asked
+    for."""
+    num_tall_key_tiles_P: Tensor
+    """How many of them there are."""
     stop_Q: Tensor
     """Of the slots of tile q as columns: one past the last row that sees any of them."""
     common_stop_Q: Tensor
@@ -50,39 +55,32 @@ class TileSchedule:
     keys. A tile of keys has its turn after the last tile of rows that sees it, whose delta it needs."""
 
     @classmethod
-    def from_end(cls, end_T: Tensor, rows: int = QUERY_TILE, columns: int = SHORT_KEY_TILE) -> "TileSchedule":
+    def from_end(
+        cls, end_T: Tensor, rows: int = QUERY_TILE, columns: int = SHORT_KEY_TILE, tall: bool = False
+    ) -> "TileSchedule":
         """Compute the schedule with a few torch operations and no host synchronisation.
 
         Args:
             end_T: int32 [T].
             rows, columns: size of a tile; rows must be a multiple of columns. Memory: 4 bytes per tile of the
                 T x T square, 2 MiB at 32,768 slots.
+            tall: whether to list the key tiles of tall query tiles as well, in half as much memory.
         """
-        assert rows % columns == 0, f"query tiles of {rows} rows are no multiple of {columns} columns"
-        queries = -(-end_T.numel() // rows)
-        # Columns beyond the row end at 0: nobody sees them, and the last tile counts as masked.
         # Tiles beyond the row never have their turn: whoever waited for them would wait for ever.
-        padded_T = torch.nn.functional.pad(
-            end_T.clamp(max=end_T.numel()), (0, queries * rows - end_T.numel())
-        )
-        ends_KC = padded_T.view(-1, columns)
-        first_row_Q1 = torch.arange(0, queries * rows, rows, device=end_T.device)[:, None]
-        tile_K = torch.arange(ends_KC.shape[0], device=end_T.device)
-        # All of a query tile's own slots as columns: one tile, or rows // columns of them.
-        on_diagonal_QK = tile_K // (rows // columns) == first_row_Q1 // rows
-        sees_QK = (ends_KC.amax(1) > first_row_Q1) & (tile_K * columns < first_row_Q1) | on_diagonal_QK
-        masked_QK = (ends_KC.amin(1) < first_row_Q1 + rows) | on_diagonal_QK
-        # Stable: tiles with something to see move to the front and stay ascending.
-        order_QK = torch.argsort(sees_QK, dim=1, descending=True, stable=True)
-        ends_QR = padded_T.view(-1, rows)
-        stop_Q, tile_Q = ends_QR.amax(1), first_row_Q1[:, 0] // rows
+        end_T = end_T.clamp(max=end_T.numel())
+        key_tiles_QK, num_key_tiles_Q = _key_tiles(end_T, rows, columns)
+        tall_key_tiles_PK, num_tall_key_tiles_P = _key_tiles(end_T if tall else end_T[:0], 2 * rows, columns)
+        ends_QR = _padded(end_T, rows).view(-1, rows)
+        stop_Q, tile_Q = ends_QR.amax(1), torch.arange(ends_QR.shape[0], device=end_T.device)
         last_tile_Q = torch.maximum((stop_Q - 1) // rows, tile_Q)
         # Odd numbers: right behind the rows of their last tile, whose inputs are then still in the cache.
         turns_W = torch.cat([2 * tile_Q, 2 * last_tile_Q + 1])
         return cls(
             columns=columns,
-            key_tiles_QK=(2 * order_QK + masked_QK.gather(1, order_QK)).int(),
-            num_key_tiles_Q=sees_QK.sum(1).int(),
+            key_tiles_QK=key_tiles_QK,
+            num_key_tiles_Q=num_key_tiles_Q,
+            tall_key_tiles_PK=tall_key_tiles_PK,
+            num_tall_key_tiles_P=num_tall_key_tiles_P,
             stop_Q=stop_Q,
             common_stop_Q=ends_QR.amin(1),
             backward_order_W=torch.argsort(turns_W, stable=True).int(),
@@ -91,8 +89,28 @@ class TileSchedule:
     def tensors(self) -> list[Tensor]:
         """All but `columns`, in order: `TileSchedule(columns, *schedule.tensors())` is the schedule again."""
         # Operators of torch take lists of tensors, not dataclasses.
-        tiles = [self.key_tiles_QK, self.num_key_tiles_Q, self.stop_Q, self.common_stop_Q]
-        return [*tiles, self.backward_order_W]
+        lists = [self.key_tiles_QK, self.num_key_tiles_Q, self.tall_key_tiles_PK, self.num_tall_key_tiles_P]
+        return [*lists, self.stop_Q, self.common_stop_Q, self.backward_order_W]
+
+
+def _padded(end_T: Tensor, rows: int) -> Tensor:
+    # Columns beyond the row end at 0: nobody sees them, and the last tile counts as masked.
+    return torch.nn.functional.pad(end_T, (0, -end_T.numel() % rows))
+
+
+def _key_tiles(end_T: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The list [Q, K] of key tiles of each query tile of `rows` rows, and how long it is, [Q]; int32."""
+    assert rows % columns == 0, f"query tiles of {rows} rows are no multiple of {columns} columns"
+    ends_KC = _padded(end_T, rows).view(-1, columns)
+    first_row_Q1 = torch.arange(0, end_T.numel(), rows, device=end_T.device)[:, None]
+    tile_K = torch.arange(ends_KC.shape[0], device=end_T.device)
+    # All of a query tile's own slots as columns: one tile, or rows // columns of them.
+    on_diagonal_QK = tile_K // (rows // columns) == first_row_Q1 // rows
+    sees_QK = (ends_KC.amax(1) > first_row_Q1) & (tile_K * columns < first_row_Q1) | on_diagonal_QK
+    masked_QK = (ends_KC.amin(1) < first_row_Q1 + rows) | on_diagonal_QK
+    # Stable: tiles with something to see move to the front and stay ascending.
+    order_QK = torch.argsort(sees_QK, dim=1, descending=True, stable=True)
+    return (2 * order_QK + masked_QK.gather(1, order_QK)).int(), sees_QK.sum(1).int()
 
 
 @dataclass(frozen=True)
@@ -117,4 +135,5 @@ class DocumentBounds:
         # A slot of a document of L has (L + 1) / 2 pairs on average.
         has_long_documents = pairs is not None and pairs > LONG_DOCUMENTS * end_T.numel()
         columns = LONG_KEY_TILE if has_long_documents else SHORT_KEY_TILE
-        return cls(end_T=end_T, schedule=TileSchedule.from_end(end_T, columns=columns))
+        schedule = TileSchedule.from_end(end_T, columns=columns, tall=has_long_documents)
+        return cls(end_T=end_T, schedule=schedule)

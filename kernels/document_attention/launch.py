@@ -23,24 +23,39 @@ FORWARD_SPAN, BACKWARD_SPAN = 8, 64
 
 @dataclass(frozen=True)
 class LaunchSize:
-    """Warps of a program and depth of its software pipeline; in the backward also the slots that a turn of
-    keys visits at a time. A turn of queries and the forward visit the schedule's key tiles."""
+    """Sizes of a program: warps, depth of its software pipeline, and
+
+    rows            slots of a query tile: 64, or 128 from the schedule's tall tiles (forward only)
+    queries         slots that a turn of keys visits at a time (backward only)
+    max_registers   of a thread, so that one more program fits a multiprocessor; None: as many as it takes
+
+    A turn of queries and the forward visit the schedule's key tiles.
+    """
 
     num_warps: int
     num_stages: int
+    rows: int = QUERY_TILE
     queries: int = 0
+    max_registers: int | None = None
 
     def options(self) -> dict[str, int]:
         """What the compiler is told."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit
 
 
-HALF_SHORT = LaunchSize(4, 3), LaunchSize(4, 3, queries=32)
-"""16-bit, key tiles of 32."""
-HALF_LONG = LaunchSize(4, 3), LaunchSize(4, 2, queries=64)
-"""16-bit, key tiles of 64. Shared memory of two programs just fits a multiprocessor."""
-HALF_LONG_DROPOUT = LaunchSize(4, 2), LaunchSize(4, 2, queries=64)
-"""The same where the mask's 4 KiB take the room of the forward's third stage."""
+HALF = {
+    # (long documents, heads above 64, dropout): forward, backward
+    (False, False, False): (LaunchSize(4, 3), LaunchSize(4, 3, queries=32, max_registers=128)),
+    (False, False, True): (LaunchSize(4, 3), LaunchSize(4, 3, queries=32, max_registers=168)),
+    (False, True, False): (LaunchSize(4, 3), LaunchSize(4, 3, queries=32)),
+    (False, True, True): (LaunchSize(4, 2), LaunchSize(4, 3, queries=32)),
+    (True, False, False): (LaunchSize(4, 3), LaunchSize(4, 2, queries=64, max_registers=168)),
+    (True, False, True): (LaunchSize(4, 3), LaunchSize(4, 2, queries=64)),
+    (True, True, False): (LaunchSize(4, 2, rows=2 * QUERY_TILE), LaunchSize(4, 2, queries=64)),
+    (True, True, True): (LaunchSize(4, 2), LaunchSize(4, 2, queries=64)),
+}
+"""16-bit. What counts is how many programs share a multiprocessor, whose waits then fill one another's."""
 FLOAT = LaunchSize(8, 1), LaunchSize(8, 1, queries=16)
 """fp32 has no tensor cores without TF32: its products are unrolled and spill, for tests it will do."""
 
@@ -81,20 +96,12 @@ class Problem:
         if self.qkv_TH3D.dtype == torch.float32:
             return FLOAT
         # The schedule knows how long documents are: its tiles and these sizes were measured together.
-        if self.schedule.columns < LONG_KEY_TILE:
-            return HALF_SHORT
-        return HALF_LONG_DROPOUT if self.dropout_probability > 0.0 else HALF_LONG
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Programs: heads by query tiles."""
-        return self.qkv_TH3D.shape[1], self.schedule.num_key_tiles_Q.numel()
+        return HALF[self.schedule.columns == LONG_KEY_TILE, self.block > 64, self.dropout_probability > 0.0]
 
     @property
     def constants(self) -> dict[str, int | str | bool]:
         """Compile-time arguments of all kernels."""
         return {
-            "R": QUERY_TILE,
             "D": self.block,
             "HEAD_DIM": self.qkv_TH3D.shape[3],
             "FLAT": self.flat,
@@ -142,16 +149,20 @@ def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     # Triton makes no descriptor of a tensor without elements.
     if tokens == 0:
         return out_THD, lse2_HT
+    key_tiles_QK, num_key_tiles_Q = schedule.key_tiles_QK, schedule.num_key_tiles_Q
+    if size.rows > QUERY_TILE:
+        key_tiles_QK, num_key_tiles_Q = schedule.tall_key_tiles_PK, schedule.num_tall_key_tiles_P
     arguments = (
-        problem.describe(QUERY_TILE), problem.describe(schedule.columns), out_THD, lse2_HT, problem.end_T,
-        schedule.key_tiles_QK, schedule.num_key_tiles_Q, problem.dropout_key,
-        *qkv.stride()[1:3], schedule.key_tiles_QK.stride(0), tokens, problem.scale2, *problem.dropout,
+        problem.describe(size.rows), problem.describe(schedule.columns), out_THD, lse2_HT, problem.end_T,
+        key_tiles_QK, num_key_tiles_Q, problem.dropout_key,
+        *qkv.stride()[1:3], key_tiles_QK.stride(0), tokens, problem.scale2, *problem.dropout,
     )  # fmt: skip
-    constants = problem.constants | {"C": schedule.columns} | size.options()
+    constants = problem.constants | {"R": size.rows, "C": schedule.columns} | size.options()
     # With narrow tiles of large heads the mask costs less than asking whether it is needed.
     constants["MASK_ALL"] = schedule.columns < LONG_KEY_TILE and problem.block > 64
-    _forward[problem.grid](*arguments, **constants)
-    repair_grid = (heads, triton.cdiv(problem.grid[1], FORWARD_SPAN))
+    tiles = num_key_tiles_Q.numel()
+    _forward[heads, tiles](*arguments, **constants)
+    repair_grid = (heads, triton.cdiv(tiles, FORWARD_SPAN))
     _repair_forward[repair_grid](*arguments, heads, SPAN=FORWARD_SPAN, **constants)
     return out_THD, lse2_HT
 
@@ -163,20 +174,21 @@ def launch_backward(problem: Problem, out_THD: Tensor, lse2_HT: Tensor, grad_THD
     d_qkv_TH3D = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if tokens == 0:
         return d_qkv_TH3D
-    num_tiles = math.prod(problem.grid)
+    tiles = schedule.num_key_tiles_Q.numel()
+    num_tiles = tiles * heads
     # Zeroed in every call, and so in every replay of a graph: keys that found old flags would not wait.
     flags = torch.zeros(3, num_tiles, dtype=torch.int32, device=qkv.device)
     arguments = (
-        problem.describe(QUERY_TILE), problem.describe_gradient(grad_THD, QUERY_TILE),
+        problem.describe(size.rows), problem.describe_gradient(grad_THD, size.rows),
         problem.describe(schedule.columns), problem.describe(size.queries),
         problem.describe_gradient(grad_THD, size.queries),
         out_THD, d_qkv_TH3D, lse2_HT, torch.empty_like(lse2_HT), flags[1:], flags[0],
         problem.end_T, schedule.key_tiles_QK, schedule.num_key_tiles_Q, schedule.stop_Q,
         schedule.common_stop_Q, schedule.backward_order_W, problem.dropout_key,
         *qkv.stride()[1:3], schedule.key_tiles_QK.stride(0), tokens, problem.softmax_scale, problem.scale2,
-        *problem.dropout, problem.grid[1], heads,
+        *problem.dropout, tiles, heads,
     )  # fmt: skip
-    constants = problem.constants | {"KEYS": schedule.columns, "QUERIES": size.queries}
+    constants = problem.constants | {"R": size.rows, "KEYS": schedule.columns, "QUERIES": size.queries}
     _backward[(2 * num_tiles,)](*arguments, **constants, **size.options())
     _repair_backward[(triton.cdiv(2 * num_tiles, BACKWARD_SPAN),)](
         *arguments, SPAN=BACKWARD_SPAN, **constants, num_warps=8, num_stages=1

@@ -46,11 +46,11 @@ def _part_columns(part, NUM_FEATURES: tl.constexpr, PARTS: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _part_sums(
+def _part_terms(
     d_y_ptr, normed_ptr, weight_ptr, mean, rstd, rows, in_rows, part,
     NUM_FEATURES: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and of g * xhat over the columns of a part that is not the program's own, each [ROWS]."""
+    """g and g * xhat of a part that is not the program's own, each [ROWS, BLOCK]."""
     _, columns, in_features = _part_columns(part, NUM_FEATURES, PARTS, BLOCK)
     mask = in_rows[:, None] & in_features[None, :]
     offsets = rows.to(tl.int64)[:, None] * NUM_FEATURES + columns[None, :]
@@ -58,7 +58,7 @@ def _part_sums(
     # [ROWS, BLOCK]; the same terms as in the loop of `_backward`: the parts of a row share its two means.
     g = tl.load(d_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * weight[None, :]
     normed = tl.load(normed_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    return tl.sum(g, axis=1), tl.sum(g * ((normed - mean[:, None]) * rstd[:, None]), axis=1)
+    return g, g * ((normed - mean[:, None]) * rstd[:, None])
 
 
 @triton.jit(do_not_specialize=["first_slot", "threshold"])
@@ -110,18 +110,18 @@ def _backward(
             d_weight += tl.sum(d_y * xhat, axis=0)
             d_bias += tl.sum(d_y, axis=0)
             g = d_y * weight[None, :]
-            # [ROWS], of this part; the other parts' are added below.
-            sum_g, sum_gx = tl.sum(g, axis=1), tl.sum(g * xhat, axis=1)
+            # Parts are added up feature by feature first: summing a tile has all warps wait for one another.
+            terms_g, terms_gx = g, g * xhat
             # Every part adds the others in another order: its means may differ from theirs in the last bit.
             for step in tl.static_range(1, PARTS):
-                other_g, other_gx = _part_sums(
+                other_g, other_gx = _part_terms(
                     d_y_ptr, normed_ptr, weight_ptr, mean, rstd, rows, rows < num_rows,
                     (part + step) % PARTS, NUM_FEATURES, PARTS, BLOCK,
                 )  # fmt: skip
-                sum_g += other_g
-                sum_gx += other_gx
-            mean_g = sum_g * (1.0 / NUM_FEATURES)
-            mean_gx = sum_gx * (1.0 / NUM_FEATURES)
+                terms_g += other_g
+                terms_gx += other_gx
+            mean_g = tl.sum(terms_g, axis=1) * (1.0 / NUM_FEATURES)
+            mean_gx = tl.sum(terms_gx, axis=1) * (1.0 / NUM_FEATURES)
             d_sum += rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None])
             tl.store(d_sum_ptr + offsets, d_sum.to(d_sum_ptr.dtype.element_ty), mask=mask)
         if key_ptr is not None:

@@ -14,15 +14,19 @@ def seen(end_T: torch.Tensor) -> torch.Tensor:
     return (index_T <= index_T[:, None]) & (index_T[:, None] < end_T)
 
 
+@pytest.mark.parametrize("tall", [False, True])
 @pytest.mark.parametrize("columns", [2, 4])
-def test_the_schedule_lists_what_is_seen_and_says_what_needs_a_mask(columns: int) -> None:
-    # Tiles far smaller than the kernels', so that rows of 60 slots have many, cut anywhere.
-    rows = 4
+def test_the_schedule_lists_what_is_seen_and_says_what_needs_a_mask(columns: int, tall: bool) -> None:
     for seed in range(200):
         end_T = random_end(seed)
-        sees_TT, schedule = seen(end_T), TileSchedule.from_end(end_T, rows, columns)
-        for tile, count in enumerate(schedule.num_key_tiles_Q.tolist()):
-            entries = schedule.key_tiles_QK[tile, :count].tolist()
+        # Tiles far smaller than the kernels', so that rows of 60 slots have many, cut anywhere.
+        sees_TT, schedule = seen(end_T), TileSchedule.from_end(end_T, 4, columns, tall)
+        rows, lists, counts = 4, schedule.key_tiles_QK, schedule.num_key_tiles_Q
+        if tall:
+            rows, lists, counts = 8, schedule.tall_key_tiles_PK, schedule.num_tall_key_tiles_P
+        assert counts.numel() == -(-end_T.numel() // rows)
+        for tile, count in enumerate(counts.tolist()):
+            entries = lists[tile, :count].tolist()
             listed = [entry >> 1 for entry in entries]
             assert listed == sorted(set(listed))
             block = sees_TT[tile * rows : (tile + 1) * rows]

@@ -110,11 +110,15 @@ def test_within_the_budget(dtype: torch.dtype, name: str) -> None:
     hold_to_budget(ENDS[name], 2, 16, dtype)
 
 
+# Wide heads without dropout: the forward's query tiles have 128 rows.
+@pytest.mark.parametrize(("head_dim", "probability"), [(16, 0.1), (128, 0.0)])
 @pytest.mark.parametrize("name", ["one document over three tiles", "trunk and branches", "forest"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_within_the_budget_with_wide_tiles(dtype: torch.dtype, name: str) -> None:
+def test_within_the_budget_with_wide_tiles(
+    dtype: torch.dtype, name: str, head_dim: int, probability: float
+) -> None:
     # So many pairs that the row counts as one of long documents.
-    hold_to_budget(ENDS[name], 2, 16, dtype, probability=0.1, pairs=LONG_DOCUMENTS * 1000)
+    hold_to_budget(ENDS[name], 2, head_dim, dtype, probability, pairs=LONG_DOCUMENTS * 1000)
 
 
 def test_a_document_of_one_slot_is_its_value() -> None:
@@ -239,6 +243,23 @@ def test_a_nan_is_found_in_every_part_of_a_row() -> None:
     close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
     close(spoilt["output 0"][:530], clean["output 0"][:530])
     close(spoilt["gradient of qkv"][:520], clean["gradient of qkv"][:520])
+
+
+def test_a_nan_in_a_tall_tile_stays_in_its_document() -> None:
+    # Query tiles of 128 rows, the second with the ends of two documents and padding.
+    end_T = documents_end([100, 100, 40], padding=9).to(DEVICE)
+    op = functools.partial(attend, end_T, 0.0, pairs=LONG_DOCUMENTS * 1000)
+    qkv = normal(249, 2, 3, 128, seed=1, dtype=torch.float16)
+    gradient = normal(249, 2, 128, seed=2, dtype=torch.float16).detach()
+    clean = run_op(op, {"qkv": qkv}, [gradient])
+    with torch.no_grad():
+        qkv[150, 1, 2] = float("nan")
+    spoilt = run_op(op, {"qkv": qkv}, [gradient])
+    assert spoilt["output 0"][150:200, 1].isnan().all()
+    for name, value in clean.items():
+        others = [*range(100), *range(200, 249)]
+        # fp16: a few units in the last place of numbers of order 1, for another order of sums.
+        torch.testing.assert_close(spoilt[name][others], value[others], rtol=4e-3, atol=4e-3)
 
 
 def test_other_documents_keep_their_bits() -> None:
