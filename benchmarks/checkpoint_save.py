@@ -12,8 +12,9 @@ has no business being fast. With --gathered the same saves are taken with megatr
 gathers the state of all data ranks on each.
 
 Seconds, of the rank that took longest: `call`, what the save itself took of training; `lost`, wall time from
-the call until the checkpoint was complete, less as many plain steps as were taken in it, so everything a save
-costs; `percent_of_100_steps`, what that is of a hundred plain steps. One save at a time is on the disk.
+the call until the checkpoint was complete, less what the steps taken in it had taken without a save, so
+everything a save costs; `percent_of_100_steps`, what that is of a hundred plain steps. One save at a time is
+on the disk.
 """
 
 import argparse
@@ -148,9 +149,9 @@ def copy_speed(engine: Engine, store: CheckpointStore) -> float | None:
 
 
 def save_while_training(
-    engine: Engine, store: CheckpointStore, steps: list[StepRows], plain: float, number: int
+    engine: Engine, store: CheckpointStore, steps: list[StepRows], plain: list[float], number: int
 ) -> dict[str, Any]:
-    """One save, and steps until it is complete."""
+    """One save, and steps until it is complete; `plain` are the seconds of the same steps without one."""
     # Right after a reset the peak is what is resident.
     reset_peak()
     before = peak_gb()
@@ -168,15 +169,16 @@ def save_while_training(
         said = store.poll()
     whole = time.perf_counter() - began
     assert said and said[0].startswith("  saved"), said
-    # Steps slowed by the writing count here, and so does the wait before the first update.
-    lost = slowest(whole - len(taken) * plain)
+    # Steps slowed by the writing count here, and so does the wait before the first update. Step by step: some
+    # rows take longer than others.
+    lost = slowest(whole - sum(plain[index % len(plain)] for index in range(len(taken))))
     return {
         "call_seconds": slowest(call),
         "first_step_seconds": slowest(taken[0]),
         "step_seconds_during": slowest(statistics.median(taken)),
         "steps_during": len(taken),
         "lost_seconds": lost,
-        "percent_of_100_steps": lost / plain,
+        "percent_of_100_steps": lost / statistics.fmean(plain),
         "whole_seconds": whole,
         "added_gb": peak_gb() - before,
         "said": said[0].strip(),
@@ -210,10 +212,10 @@ def measure(engine: Engine, steps: list[StepRows], arguments: argparse.Namespace
     store.reserve(engine)
     reserved = slowest(time.perf_counter() - began)
     speed = copy_speed(engine, store)
-    # The mean, not the median: the steps beside a save are added up too, slow ones included.
-    plain = slowest(statistics.fmean(timed_step(engine, rows, store) for rows in steps[WARM_UP:]))
+    steps = steps[WARM_UP:]
+    plain = [timed_step(engine, rows, store) for rows in steps]
     tell(f"{way}: reserving {store.staging.size / 1e9:.1f} GB took {reserved:.1f} s, copies {speed} GB/s")
-    tell(f"{way}: a plain step takes {plain:.3f} s")
+    tell(f"{way}: a plain step takes {statistics.fmean(plain):.3f} s")
     runs = []
     for number in range(1, arguments.saves + 1):
         # Before the call: what is saved is the state at its beginning, whatever the steps beside it do.
@@ -234,7 +236,7 @@ def measure(engine: Engine, steps: list[StepRows], arguments: argparse.Namespace
         "reserve_seconds": reserved,
         "reserved_gb": store.staging.size / 1e9,
         "copy_gb_per_second": speed,
-        "plain_step_seconds": plain,
+        "plain_step_seconds": slowest(statistics.fmean(plain)),
         **{name: statistics.median(run[name] for run in runs) for name in numbers},
         "call_seconds_all": [run["call_seconds"] for run in runs],
         "said": runs[-1]["said"],
