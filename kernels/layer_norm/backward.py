@@ -176,7 +176,8 @@ def run_backward(
     """Launch the backward.
 
     Args:
-        d_y_TF: gradient of y, None without the norm. d_new_residual_TF: None when nothing was added.
+        d_y_TF: gradient of y, [..., features], contiguous, None without the norm. d_new_residual_TF: likewise,
+            None when nothing was added.
         normed: what was normalised, its mean and rstd, and the weight.
         has_bias: whether the column sum of d_x is wanted.
         tile: see `backward_tile`.
@@ -187,7 +188,8 @@ def run_backward(
     """
     like_TF = d_y_TF if d_y_TF is not None else d_new_residual_TF
     assert like_TF is not None, "neither y nor new_residual has a gradient"
-    num_rows, num_features = like_TF.shape
+    num_features = like_TF.shape[-1]
+    num_rows = like_TF.numel() // num_features
     normed_TF, mean_T, rstd_T, weight_F = normed if normed is not None else (None, None, None, None)
     # Without the norm or without dropout a gradient is only passed on: no memory, no copy.
     d_sum_TF = torch.empty_like(like_TF) if normed is not None else like_TF

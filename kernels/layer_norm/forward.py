@@ -116,13 +116,17 @@ def run_forward(
     """Launch the forward.
 
     Args:
+        x_TF, residual_TF: [..., features], contiguous.
         norm: weight, bias and eps.
         tile: rows per program and warps.
 
     Returns:
         new_residual (None when there is no bias, residual or dropout), y, mean and rstd (None without norm).
+        The first two have the shape of x, and memory of their own: a pipeline frees what it has sent, which
+        it cannot do to a view.
     """
-    num_rows, num_features = x_TF.shape
+    num_features = x_TF.shape[-1]
+    num_rows = x_TF.numel() // num_features
     adds = x_bias_F is not None or residual_TF is not None or dropout is not None
     new_residual_TF = torch.empty_like(x_TF) if adds else None
     weight_F, bias_F, eps = norm if norm is not None else (None, None, 0.0)

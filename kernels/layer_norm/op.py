@@ -129,7 +129,7 @@ def _layer_norm_forward(
     x_TF: Tensor, x_bias_F: Tensor | None, residual_TF: Tensor | None, weight_F: Tensor | None,
     bias_F: Tensor | None, eps: float, probability: float, key: Tensor | None, first_slot: int,
 ) -> list[Tensor]:  # fmt: skip
-    """Of [rows, features]: the new residual if anything is added, then y, mean and rstd if normed."""
+    """The new residual if anything is added, then y, mean and rstd if normed."""
     # Asked here, not where the op is called: torch.compile cannot look into Triton.
     require_kernel_device("layer_norm", x_TF)
     from .forward import Dropout, forward_tile, run_forward
@@ -140,7 +140,7 @@ def _layer_norm_forward(
         residual_TF,
         (weight_F, bias_F, eps) if weight_F is not None and bias_F is not None else None,
         Dropout(probability, key, first_slot) if key is not None else None,
-        forward_tile(x_TF.shape[1]),
+        forward_tile(x_TF.shape[-1]),
     )
     # A list, since a schema of torch knows no result that may be absent.
     return [tensor for tensor in results if tensor is not None]
@@ -153,7 +153,7 @@ def _fake_forward(
     adds = x_bias_F is not None or residual_TF is not None or key is not None
     results = [torch.empty_like(x_TF)] if adds else []
     if weight_F is not None:
-        statistic = x_TF.new_empty(x_TF.shape[0], dtype=torch.float32)
+        statistic = x_TF.new_empty(x_TF.numel() // x_TF.shape[-1], dtype=torch.float32)
         results += [torch.empty_like(x_TF), statistic, torch.empty_like(statistic)]
     return results
 
@@ -163,7 +163,7 @@ def _layer_norm_backward(
     rstd_T: Tensor | None, weight_F: Tensor | None, has_bias: bool, probability: float, key: Tensor | None,
     first_slot: int,
 ) -> list[Tensor]:  # fmt: skip
-    """Of [rows, features]: the gradient of the sum if normed, that of x if dropped, column sums if any."""
+    """The gradient of the sum if normed, that of x if dropped, column sums if any."""
     from .backward import backward_tile, run_backward
     from .forward import Dropout
 
@@ -176,7 +176,7 @@ def _layer_norm_backward(
         (normed_TF, mean_T, rstd_T, weight_F) if is_normed else None,  # type: ignore[arg-type]
         has_bias,
         Dropout(probability, key, first_slot) if key is not None else None,
-        backward_tile(like_TF.shape[1], like_TF.element_size()),
+        backward_tile(like_TF.shape[-1], like_TF.element_size()),
     )
     # What is only passed on is not returned: an operator's results are memory of their own.
     results = [d_sum_TF if is_normed else None, d_x_TF if key is not None else None, sums_KF]
@@ -194,16 +194,16 @@ def _fake_backward(
     num_matrices = (normed_TF is not None) + (key is not None)
     num_sums = (2 if normed_TF is not None else 0) + has_bias
     matrices = [torch.empty_like(like_TF) for _ in range(num_matrices)]
-    return matrices + ([like_TF.new_empty(num_sums, like_TF.shape[1])] if num_sums else [])
+    return matrices + ([like_TF.new_empty(num_sums, like_TF.shape[-1])] if num_sums else [])
 
 
 _forward = opaque(_layer_norm_forward, _fake_forward)
 _backward = opaque(_layer_norm_backward, _fake_backward)
 
 
-def _rows(tensor: Tensor | None) -> Tensor | None:
-    """[rows, features] without gaps: the gradient of a sum, for one, arrives as an expanded scalar."""
-    return None if tensor is None else tensor.contiguous().view(-1, tensor.shape[-1])
+def _without_gaps(gradient_TF: Tensor | None) -> Tensor | None:
+    """The gradient of a sum, for one, arrives as an expanded scalar."""
+    return None if gradient_TF is None else gradient_TF.contiguous()
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -226,40 +226,32 @@ class _AddLayerNorm(torch.autograd.Function):
         # A mask of nothing dropped is not drawn.
         key = key if probability > 0.0 else None
         adds = x_bias_F is not None or residual_TF is not None or key is not None
-        rows_TF = x_TF.view(-1, x_TF.shape[-1])
-        results = _forward(
-            rows_TF, x_bias_F, _rows(residual_TF), weight_F, bias_F, eps, probability, key, first_slot
-        )
+        results = _forward(x_TF, x_bias_F, residual_TF, weight_F, bias_F, eps, probability, key, first_slot)
         new_residual_TF = results[0] if adds else None
         y_TF = None
         if weight_F is not None:
             y_TF, mean_T, rstd_T = results[-3:]
             # The rounded sum, which the next layer keeps alive anyway: not x and residual.
-            ctx.save_for_backward(key, results[0] if adds else rows_TF, mean_T, rstd_T, weight_F)
+            ctx.save_for_backward(key, results[0] if adds else x_TF, mean_T, rstd_T, weight_F)
         else:
             ctx.save_for_backward(key)
         ctx.probability, ctx.first_slot, ctx.has_bias = probability, first_slot, x_bias_F is not None
-        return (
-            y_TF.view(x_TF.shape) if y_TF is not None else None,
-            new_residual_TF.view(x_TF.shape) if new_residual_TF is not None else None,
-        )
+        return y_TF, new_residual_TF
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor | None, d_new_residual: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients in the order of `forward`'s arguments; the dropout mask is drawn again from its key."""
         key, *normed = ctx.saved_tensors
-        like = d_y if d_y is not None else d_new_residual
-        assert like is not None, "autograd gives an output that is not used a gradient of zeros"
-        d_y_TF, d_new_residual_TF = _rows(d_y), _rows(d_new_residual)
+        d_y_TF, d_new_residual_TF = _without_gaps(d_y), _without_gaps(d_new_residual)
         has_bias = ctx.has_bias
         results = _backward(
             d_y_TF, d_new_residual_TF, *(normed or [None] * 4), has_bias, ctx.probability, key, ctx.first_slot
         )
         # Gradients that are the same are one tensor, not two views of it: a tensor that nobody else refers to
         # becomes the .grad of a leaf as it is, and two leaves would share its memory.
-        d_sum = results[0].view(like.shape) if normed else d_new_residual
-        d_x = results[1 if normed else 0].view(like.shape) if key is not None else d_sum
+        d_sum = results[0] if normed else d_new_residual_TF
+        d_x = results[1 if normed else 0] if key is not None else d_sum
         sums = list(results[-1]) if normed or has_bias else []
         return (
             d_x,
