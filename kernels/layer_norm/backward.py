@@ -149,8 +149,7 @@ Tile = tuple[int, int, int, int, int]
 
 
 def backward_tile(num_features: int, element_size: int) -> Tile:
-    """The sizes for a width: measured on an H100 up to 8,192 features; beyond, chosen by what the compiler
-    reports, and timed with 12,288 only (benchmarks/results/companions.md).
+    """The sizes for a width, measured on an H100; beyond 8,192 features with 9,216 and 12,288 only.
 
     More warps than a row feeds with 16-byte loads would share columns and have to exchange their sums at
     every step. Rows are loaded ahead while three stages of three tensors fit shared memory. Parts of 4,096
@@ -176,8 +175,8 @@ def run_backward(
     """Launch the backward.
 
     Args:
-        d_y_TF: gradient of y, [..., features], contiguous, None without the norm. d_new_residual_TF: likewise,
-            None when nothing was added.
+        d_y_TF: gradient of y, [..., features], contiguous; None without the norm.
+        d_new_residual_TF: likewise; None when nothing was added.
         normed: what was normalised, its mean and rstd, and the weight.
         has_bias: whether the column sum of d_x is wanted.
         tile: see `backward_tile`.
