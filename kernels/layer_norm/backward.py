@@ -153,7 +153,7 @@ def backward_tile(num_features: int, element_size: int) -> Tile:
 
     More warps than a row feeds with 16-byte loads would share columns and have to exchange their sums at
     every step. Rows are loaded ahead while three stages of three tensors fit shared memory. Parts of 4,096
-    columns take 230 registers, none spilled, where an uncut row of 12,288 spills 432 bytes a thread.
+    columns take 195 registers at most, none spilled, where an uncut row of 12,288 spills 432 bytes a thread.
     """
     if num_features > 8192:
         return 1, 8, 1, 3 if element_size == 2 else 2, triton.cdiv(num_features, 4096)
