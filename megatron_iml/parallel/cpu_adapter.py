@@ -7,6 +7,8 @@ GPU:
 
     install_cpu_adapter()                       # before the first process group; nothing where CUDA is
     torch.zeros(2, device="cuda").device        # cpu
+    with cpu_adapter():                         # for a while, on a host with CUDA too
+        ...
 
 It is a patch. The others stand in for two kernels of Apex: the weight gradient (`model/ops.py`) and the
 gradient's norm (`training/multi_tensor.py`). It costs some overhead per operation and
@@ -15,7 +17,7 @@ lives in one thread: a spawned process must install its own.
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -80,13 +82,12 @@ def _no_stream(stream: Any) -> Iterator[None]:
     yield
 
 
-def install_cpu_adapter() -> None:
-    """Make the CPU answer for CUDA in this thread; without effect where CUDA is available or already
-    answered."""
-    # Entered twice, every torch function would be rewritten twice.
-    if torch.cuda.is_available() or torch.cuda.current_device is _current_device:
-        return
-    for owner, name, stand_in in (
+@contextmanager
+def cpu_adapter() -> Iterator[None]:
+    """The CPU answers for CUDA in this thread, whether CUDA is there or not; then all is as it was."""
+    from megatron.core.tensor_parallel import random
+
+    stand_ins = (
         (torch.cuda, "current_device", _current_device),
         (torch.cuda, "synchronize", _nothing),
         (torch.cuda, "empty_cache", _nothing),
@@ -99,22 +100,38 @@ def install_cpu_adapter() -> None:
         (torch.cuda, "default_generators", _CpuGenerators()),
         (torch.cuda.nvtx, "range_push", _nothing),
         (torch.cuda.nvtx, "range_pop", _nothing),
-    ):
-        setattr(owner, name, stand_in)
-    _patch_lazy_call()
+        # CUDA queues generator updates until its first use, which never comes here: run them at once.
+        # megatron-core has imported the name, so changing its origin alone would not reach it.
+        (torch.cuda, "_lazy_call", _call_now),
+        (random, "_lazy_call", _call_now),
+    )
+    # Entered twice, every torch function would be rewritten twice.
+    if torch.cuda.current_device is _current_device:
+        yield
+        return
     # "CPU RNG state changed within GPU RNG context": here they are one generator, by design.
-    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
-    # Never left: gradients are computed long after any `with` block would have ended.
-    _CudaAnswersAsCpu().__enter__()
+    log = logging.getLogger("megatron.core.tensor_parallel.random")
+    before, level = [vars(owner)[name] for owner, name, _ in stand_ins], log.level
+    log.setLevel(logging.ERROR)
+    for owner, name, stand_in in stand_ins:
+        setattr(owner, name, stand_in)
+    try:
+        with _CudaAnswersAsCpu():
+            yield
+    finally:
+        for (owner, name, _), original in zip(stand_ins, before, strict=True):
+            setattr(owner, name, original)
+        log.setLevel(level)
 
 
-def _patch_lazy_call() -> None:
-    """CUDA queues generator updates until its first use, which never comes here: run them at once."""
-    from megatron.core.tensor_parallel import random
+_INSTALLED = ExitStack()
+"""Never left: gradients are computed long after any `with` block would have ended."""
 
-    # megatron-core has imported the name, so changing its origin alone would not reach it.
-    for module in (torch.cuda, random):
-        vars(module)["_lazy_call"] = _call_now
+
+def install_cpu_adapter() -> None:
+    """Enter `cpu_adapter` for good; without effect where CUDA is available."""
+    if not torch.cuda.is_available():
+        _INSTALLED.enter_context(cpu_adapter())
 
 
 # A device, where CUDA gives a number: megatron-core passes it on as `device=`.

@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_iml.config import Config
 
-from .cpu_adapter import install_cpu_adapter
+from .cpu_adapter import cpu_adapter
 from .groups import Layout, place_in_grid, stop_distributed
 
 META = torch.device("meta")
@@ -48,19 +48,18 @@ class _CudaAnswersAsMeta(TorchFunctionMode):
 @contextmanager
 def fake_world(config: Config, rank: int, world_size: int) -> Iterator[Layout]:
     """Be `rank` of a world that is not there; on leaving, every group is gone again."""
-    # Beneath meta: generators, which meta has none of, are the CPU's.
-    install_cpu_adapter()
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        layout = place_in_grid(config, META)
-        current_device = torch.cuda.current_device
-        # After the groups: seeding their generators needs a device that has some.
-        vars(torch.cuda)["current_device"] = lambda: META
+    # Beneath meta, on a host with GPUs too: generators, which meta has none of, are the CPU's.
+    with cpu_adapter():
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
-            # Left again, unlike the CPU adapter: a real world may follow in this process.
-            with _CudaAnswersAsMeta():
-                yield layout
+            layout = place_in_grid(config, META)
+            current_device = torch.cuda.current_device
+            # After the groups: seeding their generators needs a device that has some.
+            vars(torch.cuda)["current_device"] = lambda: META
+            try:
+                with _CudaAnswersAsMeta():
+                    yield layout
+            finally:
+                vars(torch.cuda)["current_device"] = current_device
         finally:
-            vars(torch.cuda)["current_device"] = current_device
-    finally:
-        stop_distributed()
+            stop_distributed()

@@ -13,23 +13,18 @@ from megatron_iml.model.build import build_model
 from megatron_iml.model.initialise import initialise
 from megatron_iml.model.parameters import named_global_parameters
 from megatron_iml.model.row import to_device
+from megatron_iml.parallel.fake_world import fake_world
 
 
 @pytest.mark.parametrize("size", OPT_SIZES)
-def test_built_model_has_the_published_number_of_parameters(
-    size: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_built_model_has_the_published_number_of_parameters(size: str) -> None:
     layers, hidden, heads = OPT_SIZES[size]
     model = ModelConfig(
         num_layers=layers, hidden_size=hidden, num_attention_heads=heads, ffn_hidden_size=4 * hidden
     )
     config = dataclasses.replace(tiny_config("bf16"), model=model)
-    with single_rank(config) as layout:
-        # Parallel linears ask for the current device, the rest for the layout's.
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
-        chunks = build_model(config, dataclasses.replace(layout, device=torch.device("meta")))
-        parameters = dict(named_global_parameters(chunks))
-        monkeypatch.undo()
+    with fake_world(config, rank=0, world_size=1) as layout:
+        parameters = dict(named_global_parameters(build_model(config, layout)))
     assert sum(parameter.numel() for parameter in parameters.values()) == parameter_count(model)
     assert parameters[f"decoder.layers.{layers - 1}.self_attention.linear_qkv.weight"].shape == (
         3 * hidden,

@@ -1,6 +1,10 @@
 """A rank of a world that is not there: its place is real, its tensors are shapes, nothing is left behind."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -43,3 +47,39 @@ def test_a_real_world_follows() -> None:
         total = torch.ones(2, device="cuda")
         dist.all_reduce(total)
         assert total.tolist() == [1.0, 1.0] and total.device == layout.device
+
+
+# In a process of its own, since the adapter of this one may be there already. The host says that it has CUDA.
+ON_A_GPU_HOST = """
+import sys
+from unittest import mock
+import torch
+from helpers import tiny_config
+from megatron_iml.model.build import build_model
+from megatron_iml.parallel.fake_world import fake_world
+
+asked = ("current_device", "default_generators", "get_rng_state", "synchronize", "_lazy_call")
+before = [vars(torch.cuda)[name] for name in asked]
+with mock.patch.object(torch.cuda, "is_available", lambda: True):
+    with fake_world(tiny_config(), 0, 1) as layout:
+        (chunk,) = build_model(tiny_config(), layout)
+    assert {parameter.device.type for parameter in chunk.parameters()} == {"meta"}
+assert [vars(torch.cuda)[name] for name in asked] == before, "something of the fake world stayed"
+try:
+    torch.zeros(1, device="cuda")
+except (AssertionError, RuntimeError):
+    sys.exit(0)
+sys.exit("the CPU still answers for CUDA")
+"""
+
+
+def test_a_host_with_gpus_is_not_asked_and_gets_itself_back() -> None:
+    tests = str(Path(__file__).parents[1])
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ON_A_GPU_HOST],
+        env={**os.environ, "PYTHONPATH": tests, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
