@@ -1,13 +1,16 @@
 """Greedy decoding with the cache equals reading the whole text again for every token."""
 
 import numpy as np
+import pytest
 import torch
 from helpers import single_rank, tiny_config
 
 from megatron_iml.data.rows.assemble import Piece, assemble_row
+from megatron_iml.model import build
 from megatron_iml.model.build import build_model
 from megatron_iml.model.inference import InferenceModel
 from megatron_iml.model.initialise import initialise
+from megatron_iml.model.ops import REFERENCE, TRITON
 
 
 def losses_of_all_tokens(model: InferenceModel, tokens: np.ndarray) -> np.ndarray:
@@ -63,3 +66,27 @@ def test_losses_of_one_text_are_a_distribution():
         model = InferenceModel(chunks[0], layout, vocab_entries=96, max_positions=64)
         losses = [losses_of_all_tokens(model, np.array([5, 9, t]))[-1] for t in range(96)]
     assert abs(np.exp(-np.array(losses, dtype=np.float64)).sum() - 1.0) < 1e-5
+
+
+def test_the_kernels_generate_and_score_as_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    config = tiny_config(init_method_std=0.2)
+    prompts = [np.array([5, 9, 11]), np.array([7]), np.array([40, 41, 42, 43, 44, 45])]
+    results = []
+    for ops in (REFERENCE, TRITON):
+        # The trainer refuses these kernels on a CPU, since the interpreter is for tests.
+        monkeypatch.setattr(build, "choose_ops", lambda *unused, ops=ops: ops)
+        with single_rank(config) as layout:
+            chunks = build_model(config, layout)
+            initialise(chunks, config.model, 1, layout)
+            model = InferenceModel(chunks[0], layout, vocab_entries=90, max_positions=64)
+            cache, tokens = model.prefill(prompts, max_new_tokens=3)
+            generated = [tokens, model.decode(cache, tokens)]
+            cache.keep(np.array([0, 2]))
+            generated.append(model.decode(cache, generated[-1][[0, 2]]))
+            losses = losses_of_all_tokens(model, np.arange(5, 35))
+        results.append((np.concatenate(generated).tolist(), losses))
+    (tokens, losses), (kernel_tokens, kernel_losses) = results
+    assert kernel_tokens == tokens
+    # fp32, in another order of sums.
+    np.testing.assert_allclose(kernel_losses, losses, rtol=1e-5, atol=1e-5)
