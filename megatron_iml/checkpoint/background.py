@@ -168,6 +168,8 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
 def write_files(rank: int, buckets: list[Bucket], outcome: Outcome) -> None:
     """Write a rank's files and tell how it went; in a forked process, or in a save that is waited for."""
     if os.getpid() != outcome.owner:
+        # OpenMP's threads stayed with the process that trains: a copy shared out among them would never end.
+        torch.set_num_threads(1)
         # The launcher that stops a job signals this process too, and the last checkpoint is what it waits
         # for.
         for number in (signal.SIGTERM, signal.SIGUSR1):

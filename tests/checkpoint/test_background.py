@@ -57,6 +57,24 @@ def test_a_file_can_be_read_back_and_is_described(tmp_path: Path) -> None:
     assert results[1].size_in_bytes < results[0].size_in_bytes - 300
 
 
+def test_it_writes_although_the_run_computes_with_threads(tmp_path: Path) -> None:
+    whole = torch.zeros(1 << 20)
+    outcome = Outcome()
+    outcome.gate.open()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        whole.clone()  # large enough to be shared out among OpenMP's threads, which a fork has not
+        process = fork(write_files, 0, [bucket(tmp_path, whole[: 1 << 19])], outcome)
+        # A view, so that the writing process copies it.
+        process.join(timeout=60)
+        assert process.exitcode == 0, "the process that writes waits for threads that it does not have"
+    finally:
+        torch.set_num_threads(before)
+        process.kill()
+    assert outcome.hear()[2] is None
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_what_the_disk_refuses_is_told(tmp_path: Path, asynchronous: bool) -> None:
     outcome = Outcome()
