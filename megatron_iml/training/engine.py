@@ -93,9 +93,8 @@ def _forward_step(
     """megatron-core's hook: run one micro-batch through one chunk.
 
     Returns the chunk's output and, for the last stage, a function that makes of it the loss sum, the number
-    of targets and what to report. Three values and `calculate_per_token_loss`: megatron-core then adds the
-    counts of all micro-batches and data ranks and divides the gradients once by the total, instead of
-    averaging averages.
+    of targets and what to report. Three values and `calculate_per_token_loss`: megatron-core then leaves the
+    sum a sum, instead of averaging averages; the update divides it (`optimizer.scale`).
     """
     # On every stage: middle ones need the bounds and dropout keys of the row.
     batch = next(batches)

@@ -209,15 +209,23 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) 
     return chained
 
 
-def clip(optimizer: ChainedOptimizer, grad_norm: float, max_norm: float) -> None:
-    """Have the coming update scale its gradients so that their norm is `max_norm` at most; 0 leaves them.
+def scale(optimizer: ChainedOptimizer, num_targets: int, grad_norm: float, max_norm: float) -> None:
+    """Have the coming update divide its gradients, which are sums, by the number of targets, and scale what
+    comes out so that its norm, `grad_norm`, is `max_norm` at most; 0 leaves it.
 
-    Adam does it on its way, where megatron-core reads and writes every gradient once more.
+    Adam does it on its way. megatron-core reads and writes every gradient once more for each of the two, and
+    has the host wait for a count that the plan knew.
     """
     # 1e-6 as megatron-core and torch have it: runs of theirs can be compared with ours.
-    factor = min(max_norm / (grad_norm + 1e-6), 1.0) if max_norm > 0.0 else 1.0
+    clipped = min(max_norm / (grad_norm + 1e-6), 1.0) if max_norm > 0.0 else 1.0
     for distributed in optimizer.chained_optimizers:
-        distributed.optimizer.gradient_factor = factor
+        # A step may be without any target, and then its gradient is 0.
+        distributed.optimizer.gradient_factor = clipped / max(num_targets, 1)
+
+
+def _sum_gradients(model: list[torch.nn.Module], num_targets: torch.Tensor | None, **groups: Any) -> None:
+    """The schedule's last act: sums over replicas, tensor ranks and copies of the embedding, not divided."""
+    finalize_model_grads(model, None, **groups)
 
 
 def connect_schedule(
@@ -228,7 +236,7 @@ def connect_schedule(
     engine_config = wrapped[0].config
     # 1 outside fp16; `model/head.py` asks it too, for gradients it makes in the forward.
     engine_config.grad_scale_func = optimizer.scale_loss
-    engine_config.finalize_model_grads_func = finalize_model_grads
+    engine_config.finalize_model_grads_func = _sum_gradients
     # Gradients are reduced once a step, in the last micro-batch.
     engine_config.no_sync_func = (
         [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .engine import Engine
-from .optimizer import clip
+from .optimizer import scale
 from .reports import RankReport, share
 from .rows import StepRows
 
@@ -46,14 +46,14 @@ def train_step(
     done, so that whoever still reads them has the length of a forward and backward for it.
     """
     engine.zero_gradients()
-    # Leaves each data rank its slice of the final gradients: summed over micro-batches and replicas, divided
-    # by the targets that all last stages counted (megatron-core's `finalize_model_grads`).
+    # Leaves each data rank its slice of the gradients, summed over micro-batches and replicas.
     losses = engine.run(rows.micro_batches(engine.layout), len(rows.rows), forward_only=False)
     optimizer = engine.optimizer
     # Gives master weights their slices; fp16's are divided by the loss scale, which adapts to what is found.
     overflowed = optimizer.prepare_grads()
-    # Over the whole world, with every weight once; the host waits for the device here.
-    grad_norm = math.nan if overflowed else float(optimizer.get_grad_norm())
+    # Over the whole world, with every weight once; the host waits for the device here. Gradients are sums
+    # until the update divides them: the plan knows by what, and `share` compares it with what was seen.
+    grad_norm = math.nan if overflowed else float(optimizer.get_grad_norm()) / max(rows.num_targets, 1)
     # Before the update: weights that saw wrong rows are not worth saving, nor those made of NaN.
     reports = share(engine, losses, rows, stop_requested)
     loss = mean_loss(reports)
@@ -67,7 +67,7 @@ def train_step(
         if before_update is not None:
             before_update()
         # Leaves a factor with Adam, and gradients alone.
-        clip(optimizer, grad_norm, engine.config.optimizer.clip_grad)
+        scale(optimizer, rows.num_targets, grad_norm, engine.config.optimizer.clip_grad)
         # Adam on the slices of fp32 weights, which replicas then gather; overlapped, during the next forward.
         optimizer.step_with_ready_grads()
     # Elsewhere it is 1, but on the device: reading it would wait for the whole update.

@@ -14,7 +14,7 @@ from megatron_iml.config import Config
 from megatron_iml.data.rows.assemble import Piece, Row, assemble_row
 from megatron_iml.model.parameters import named_global_parameters
 from megatron_iml.training.engine import Engine
-from megatron_iml.training.optimizer import clip
+from megatron_iml.training.optimizer import scale
 from megatron_iml.training.rows import StepRows
 from megatron_iml.training.step import StepResult, train_step
 
@@ -123,9 +123,10 @@ def test_whoever_reads_the_weights_is_asked_before_they_change() -> None:
 )
 def test_clipping_scales_a_gradient_that_is_too_long(norm: float, most: float, factor: float) -> None:
     with runs.alone(runs.run_config()) as engine:
-        clip(engine.optimizer, norm, most)
         (distributed,) = engine.optimizer.chained_optimizers
-        assert distributed.optimizer.gradient_factor == pytest.approx(factor, rel=1e-9)
+        for num_targets in (1, 7):
+            scale(engine.optimizer, num_targets, norm, most)
+            assert distributed.optimizer.gradient_factor == pytest.approx(factor / num_targets, rel=1e-9)
 
 
 def test_a_clipped_step_is_that_of_the_clipped_gradient() -> None:
