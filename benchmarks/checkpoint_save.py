@@ -13,8 +13,8 @@ gathers the state of all data ranks on each.
 
 Seconds, of the rank that took longest: `call`, what the save itself took of training; `lost`, wall time from
 the call until the checkpoint was complete, less what the steps taken in it had taken without a save, so
-everything a save costs; `percent_of_100_steps`, what that is of a hundred plain steps. One save at a time is
-on the disk.
+everything a save costs; `percent_of_100_steps`, what that is of 100 plain steps. The list of plain steps
+is rank 0's. One save at a time is on the disk.
 """
 
 import argparse
@@ -178,7 +178,7 @@ def save_while_training(
         "step_seconds_during": slowest(statistics.median(taken)),
         "steps_during": len(taken),
         "lost_seconds": lost,
-        "percent_of_100_steps": lost / statistics.fmean(plain),
+        "percent_of_100_steps": lost / slowest(statistics.fmean(plain)),
         "whole_seconds": whole,
         "added_gb": peak_gb() - before,
         "said": said[0].strip(),

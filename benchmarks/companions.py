@@ -45,7 +45,7 @@ from megatron_iml.kernels.weight_gradient import accumulate_weight_gradient
 
 SLOTS = 16384
 # Of OPT-1.3B, 6.7B and 175B, and between them 8,192, which no OPT has.
-WIDTHS = (2048, 4096, 8192, 12288)
+WIDTHS = (2048, 4096, 8192, 9216, 12288)
 LOSS_WIDTHS = (2048, 4096)
 # OPT's 50,265 entries, padded to a multiple of 8.
 VOCABULARY = 50272

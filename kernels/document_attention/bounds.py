@@ -13,7 +13,8 @@ has the column tiles
 
     rows 0-1: [0]      rows 2-3: [0, 1]      row 4: [0, 2]      the branch in tile 1 is over before row 4
 
-T slots, Q query tiles, K key tiles, W = 2 Q turns of the backward.
+T slots, Q query tiles, K key tiles, W = 2 Q turns of the backward, P tall query tiles, of twice as many rows;
+their K is rounded up to whole tall tiles.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 QUERY_TILE = 64
-"""Rows of the schedule's tiles."""
+"""Rows of the schedule's tiles; tall ones have twice as many."""
 SHORT_KEY_TILE, LONG_KEY_TILE = 32, 64
 """Columns of the schedule's tiles: for short documents, where narrow tiles hold less that nobody sees, and
 for long ones, where wide tiles are read and multiplied faster."""
@@ -42,8 +43,7 @@ class TileSchedule:
     num_key_tiles_Q: Tensor
     """How many of them there are."""
     tall_key_tiles_PK: Tensor
-    """The same for query tiles of twice as many rows, which read key tiles half as often; empty unless asked
-    for."""
+    """The same for tall query tiles, which read key tiles half as often; empty unless asked for."""
     num_tall_key_tiles_P: Tensor
     """How many of them there are."""
     stop_Q: Tensor

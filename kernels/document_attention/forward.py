@@ -109,8 +109,8 @@ def _forward(
     out_ptr,  # [T, H, D] contiguous, written
     lse2_ptr,  # fp32 [H, T], written; until the repair NaN where a row's output is
     end_ptr,  # int32 [T]
-    key_tiles_ptr,  # int32 [Q, K], TileSchedule
-    num_key_tiles_ptr,  # int32 [Q]
+    key_tiles_ptr,  # int32 [Q, K], or of tall tiles [P, K], TileSchedule
+    num_key_tiles_ptr,  # int32 [Q] or [P]
     dropout_key_ptr,  # int64 [], read only with DROPOUT
     # Strides in elements, of the projection's heads and parts and of a row of key_tiles; T; the scale of
     # scores in units of log 2; the smallest word kept, the factor on what is kept, head 0's plane of masks.

@@ -25,7 +25,7 @@ FORWARD_SPAN, BACKWARD_SPAN = 8, 64
 class LaunchSize:
     """Sizes of a program: warps, depth of its software pipeline, and
 
-    rows            slots of a query tile: 64, or 128 from the schedule's tall tiles (forward only)
+    rows            slots of a query tile: 64, or 128 of the schedule's tall tiles (forward only)
     queries         slots that a turn of keys visits at a time (backward only)
     max_registers   of a thread, so that one more program fits a multiprocessor; None: as many as it takes
 
@@ -152,6 +152,9 @@ def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     key_tiles_QK, num_key_tiles_Q = schedule.key_tiles_QK, schedule.num_key_tiles_Q
     if size.rows > QUERY_TILE:
         key_tiles_QK, num_key_tiles_Q = schedule.tall_key_tiles_PK, schedule.num_tall_key_tiles_P
+    tiles = triton.cdiv(tokens, size.rows)
+    # Rows that no tile has would be left as the memory was.
+    assert num_key_tiles_Q.numel() == tiles, f"a schedule of {num_key_tiles_Q.numel()} tiles, needed {tiles}"
     arguments = (
         problem.describe(size.rows), problem.describe(schedule.columns), out_THD, lse2_HT, problem.end_T,
         key_tiles_QK, num_key_tiles_Q, problem.dropout_key,
@@ -160,7 +163,6 @@ def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     constants = problem.constants | {"R": size.rows, "C": schedule.columns} | size.options()
     # With narrow tiles of large heads the mask costs less than asking whether it is needed.
     constants["MASK_ALL"] = schedule.columns < LONG_KEY_TILE and problem.block > 64
-    tiles = num_key_tiles_Q.numel()
     _forward[heads, tiles](*arguments, **constants)
     repair_grid = (heads, triton.cdiv(tiles, FORWARD_SPAN))
     _repair_forward[repair_grid](*arguments, heads, SPAN=FORWARD_SPAN, **constants)
@@ -179,7 +181,7 @@ def launch_backward(problem: Problem, out_THD: Tensor, lse2_HT: Tensor, grad_THD
     # Zeroed in every call, and so in every replay of a graph: keys that found old flags would not wait.
     flags = torch.zeros(3, num_tiles, dtype=torch.int32, device=qkv.device)
     arguments = (
-        problem.describe(size.rows), problem.describe_gradient(grad_THD, size.rows),
+        problem.describe(QUERY_TILE), problem.describe_gradient(grad_THD, QUERY_TILE),
         problem.describe(schedule.columns), problem.describe(size.queries),
         problem.describe_gradient(grad_THD, size.queries),
         out_THD, d_qkv_TH3D, lse2_HT, torch.empty_like(lse2_HT), flags[1:], flags[0],
@@ -188,7 +190,7 @@ def launch_backward(problem: Problem, out_THD: Tensor, lse2_HT: Tensor, grad_THD
         *qkv.stride()[1:3], schedule.key_tiles_QK.stride(0), tokens, problem.softmax_scale, problem.scale2,
         *problem.dropout, tiles, heads,
     )  # fmt: skip
-    constants = problem.constants | {"R": size.rows, "KEYS": schedule.columns, "QUERIES": size.queries}
+    constants = problem.constants | {"R": QUERY_TILE, "KEYS": schedule.columns, "QUERIES": size.queries}
     _backward[(2 * num_tiles,)](*arguments, **constants, **size.options())
     _repair_backward[(triton.cdiv(2 * num_tiles, BACKWARD_SPAN),)](
         *arguments, SPAN=BACKWARD_SPAN, **constants, num_warps=8, num_stages=1

@@ -5,8 +5,8 @@ these.
 
 Traps answered here, each silent in megatron-core 0.16: batched point-to-point crosses messages in an
 interleaved pipeline of two stages, and overlapped point-to-point with output deallocation sends overwritten
-data on gloo, so neither is used; losses are sums divided once by the global number of targets
-(`calculate_per_token_loss`).
+data on gloo, so neither is used; losses stay sums (`calculate_per_token_loss`), which the update divides once
+by the global number of targets.
 """
 
 import torch

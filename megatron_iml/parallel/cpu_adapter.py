@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 
 def _as_cpu(device: Any) -> Any:
@@ -106,7 +106,7 @@ def cpu_adapter() -> Iterator[None]:
         (random, "_lazy_call", _call_now),
     )
     # Entered twice, every torch function would be rewritten twice.
-    if torch.cuda.current_device is _current_device:
+    if any(isinstance(mode, _CudaAnswersAsCpu) for mode in _get_current_function_mode_stack()):
         yield
         return
     # "CPU RNG state changed within GPU RNG context": here they are one generator, by design.
@@ -129,7 +129,7 @@ _INSTALLED = ExitStack()
 
 
 def install_cpu_adapter() -> None:
-    """Enter `cpu_adapter` for good; without effect where CUDA is available."""
+    """Enter `cpu_adapter` for good, outside of any block of it; without effect where CUDA is available."""
     if not torch.cuda.is_available():
         _INSTALLED.enter_context(cpu_adapter())
 

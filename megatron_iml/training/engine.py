@@ -94,7 +94,7 @@ def _forward_step(
 
     Returns the chunk's output and, for the last stage, a function that makes of it the loss sum, the number
     of targets and what to report. Three values and `calculate_per_token_loss`: megatron-core then leaves the
-    sum a sum, instead of averaging averages; the update divides it (`optimizer.scale`).
+    sum a sum, instead of averaging averages; the update divides it (`scale_gradients`).
     """
     # On every stage: middle ones need the bounds and dropout keys of the row.
     batch = next(batches)

@@ -209,12 +209,12 @@ def build_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) 
     return chained
 
 
-def scale(optimizer: ChainedOptimizer, num_targets: int, grad_norm: float, max_norm: float) -> None:
+def scale_gradients(optimizer: ChainedOptimizer, num_targets: int, grad_norm: float, max_norm: float) -> None:
     """Have the coming update divide its gradients, which are sums, by the number of targets, and scale what
     comes out so that its norm, `grad_norm`, is `max_norm` at most; 0 leaves it.
 
-    Adam does it on its way. megatron-core reads and writes every gradient once more for each of the two, and
-    has the host wait for a count that the plan knew.
+    Adam does it on its way, and leaves gradients as it has used them. megatron-core reads and writes every
+    gradient once more for each of the two, and has the host wait for a count that the plan knew.
     """
     # 1e-6 as megatron-core and torch have it: runs of theirs can be compared with ours.
     clipped = min(max_norm / (grad_norm + 1e-6), 1.0) if max_norm > 0.0 else 1.0
@@ -223,9 +223,12 @@ def scale(optimizer: ChainedOptimizer, num_targets: int, grad_norm: float, max_n
         distributed.optimizer.gradient_factor = clipped / max(num_targets, 1)
 
 
-def _sum_gradients(model: list[torch.nn.Module], num_targets: torch.Tensor | None, **groups: Any) -> None:
-    """The schedule's last act: sums over replicas, tensor ranks and copies of the embedding, not divided."""
-    finalize_model_grads(model, None, **groups)
+def _sum_gradients(model: list[torch.nn.Module], counted: torch.Tensor | None, **settings: Any) -> None:
+    """The schedule's last act: sums over replicas, tensor ranks and copies of the embedding.
+
+    Without the number of targets that was counted, megatron-core divides nothing.
+    """
+    finalize_model_grads(model, None, **settings)
 
 
 def connect_schedule(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .engine import Engine
-from .optimizer import scale
+from .optimizer import scale_gradients
 from .reports import RankReport, share
 from .rows import StepRows
 
@@ -66,8 +66,8 @@ def train_step(
     if not overflowed:
         if before_update is not None:
             before_update()
-        # Leaves a factor with Adam, and gradients alone.
-        scale(optimizer, rows.num_targets, grad_norm, engine.config.optimizer.clip_grad)
+        # Leaves a factor with Adam, whose kernel scales gradients as it reads them.
+        scale_gradients(optimizer, rows.num_targets, grad_norm, engine.config.optimizer.clip_grad)
         # Adam on the slices of fp32 weights, which replicas then gather; overlapped, during the next forward.
         optimizer.step_with_ready_grads()
     # Elsewhere it is 1, but on the device: reading it would wait for the whole update.

@@ -194,7 +194,8 @@ def train(config: Config, steps: int) -> Outcome:
 
 
 def one_gradient(config: Config) -> Outcome:
-    """A job for the pool: the gradients of one step in place of weights; without data parallelism."""
+    """A job for the pool: the gradients of one step in place of weights, as Adam leaves them: divided and
+    clipped; without data parallelism."""
     engine = fresh_engine(config)
     steps = [train_step(engine, deal(rows_of_step(0, config.model.vocab_size), engine.layout), 0.0)]
     layout = engine.layout

@@ -175,7 +175,6 @@ TRAPS = {
         layout(tensor=2),
         {"perform_initialization": False},
     ),
-    "averages of averages weigh rows instead of targets": (2, layout(), {"calculate_per_token_loss": False}),
 }
 
 

@@ -14,7 +14,7 @@ from megatron_iml.config import Config
 from megatron_iml.data.rows.assemble import Piece, Row, assemble_row
 from megatron_iml.model.parameters import named_global_parameters
 from megatron_iml.training.engine import Engine
-from megatron_iml.training.optimizer import scale
+from megatron_iml.training.optimizer import scale_gradients
 from megatron_iml.training.rows import StepRows
 from megatron_iml.training.step import StepResult, train_step
 
@@ -25,7 +25,7 @@ def step_rows(rows: list[Row]) -> StepRows:
 
 
 def one_step(config: Config, rows: list[Row]) -> tuple[StepResult, dict[str, Tensor]]:
-    """The step's result and its gradients, divided and reduced, before the update consumes them."""
+    """The step's result and its gradients as the update leaves them: reduced, divided, clipped."""
     with runs.alone(config) as engine:
         result = train_step(engine, step_rows(rows), learning_rate=0.0)
         parameters = named_global_parameters(engine.chunks)
@@ -118,6 +118,31 @@ def test_whoever_reads_the_weights_is_asked_before_they_change() -> None:
         assert any(not torch.equal(before[name], value) for name, value in clones(engine).items())
 
 
+def test_the_gradient_is_that_of_the_mean() -> None:
+    """Twice the same rows: twice the sums, the same mean."""
+    no_dropout = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "embedding_dropout": 0.0}
+    config = runs.run_config(**no_dropout)
+    # Far above the norm, so that no clipping hides a size.
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, clip_grad=1e6))
+    rows = runs.rows_of_step(0, 96)
+    once, twice = one_step(config, rows), one_step(config, [*rows, *rows])
+    assert twice[0].num_targets == 2 * once[0].num_targets
+    assert_same((dataclasses.replace(twice[0], num_targets=once[0].num_targets), twice[1]), once)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_without_a_target_changes_no_weight(precision: str) -> None:
+    config = runs.run_config(precision)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.0))
+    padding = assemble_row([], runs.ROW_LENGTH, 0)
+    with runs.alone(config) as engine:
+        before = clones(engine)
+        result = train_step(engine, step_rows([padding]), 1e-3)
+        assert (result.loss, result.grad_norm, result.num_targets, result.skipped) == (0.0, 0.0, 0, False)
+        assert all(torch.equal(before[name], weight) for name, weight in clones(engine).items())
+        assert train_step(engine, step_rows(runs.rows_of_step(0, 96)), 1e-3).grad_norm > 0.0
+
+
 @pytest.mark.parametrize(
     ("norm", "most", "factor"), [(2.0, 1.0, 0.49999975), (0.5, 1.0, 1.0), (9.0, 0.0, 1.0)]
 )
@@ -125,7 +150,7 @@ def test_clipping_scales_a_gradient_that_is_too_long(norm: float, most: float, f
     with runs.alone(runs.run_config()) as engine:
         (distributed,) = engine.optimizer.chained_optimizers
         for num_targets in (1, 7):
-            scale(engine.optimizer, num_targets, norm, most)
+            scale_gradients(engine.optimizer, num_targets, norm, most)
             assert distributed.optimizer.gradient_factor == pytest.approx(factor / num_targets, rel=1e-9)
 
 
