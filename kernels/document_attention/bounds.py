@@ -43,7 +43,7 @@ class TileSchedule:
     num_key_tiles_Q: Tensor
     """How many of them there are."""
     tall_key_tiles_PK: Tensor
-    """The same for tall query tiles, which read key tiles half as often; empty unless asked for."""
+    """The same for tall query tiles, which read key tiles half as often; empty unless key tiles are wide."""
     num_tall_key_tiles_P: Tensor
     """How many of them there are."""
     stop_Q: Tensor
@@ -55,21 +55,20 @@ class TileSchedule:
     keys. A tile of keys has its turn after the last tile of rows that sees it, whose delta it needs."""
 
     @classmethod
-    def from_end(
-        cls, end_T: Tensor, rows: int = QUERY_TILE, columns: int = SHORT_KEY_TILE, tall: bool = False
-    ) -> "TileSchedule":
+    def from_end(cls, end_T: Tensor, rows: int = QUERY_TILE, columns: int = SHORT_KEY_TILE) -> "TileSchedule":
         """Compute the schedule with a few torch operations and no host synchronisation.
 
         Args:
             end_T: int32 [T].
             rows, columns: size of a tile; rows must be a multiple of columns. Memory: 4 bytes per tile of the
-                T x T square, 2 MiB at 32,768 slots.
-            tall: whether to list the key tiles of tall query tiles as well, in half as much memory.
+                T x T square, 2 MiB at 32,768 slots. As many columns as rows mean long documents: then the
+                key tiles of tall query tiles are listed as well, in half as much memory.
         """
         # Tiles beyond the row never have their turn: whoever waited for them would wait for ever.
         end_T = end_T.clamp(max=end_T.numel())
         key_tiles_QK, num_key_tiles_Q = _key_tiles(end_T, rows, columns)
-        tall_key_tiles_PK, num_tall_key_tiles_P = _key_tiles(end_T if tall else end_T[:0], 2 * rows, columns)
+        tall_rows_T = end_T if columns == rows else end_T[:0]
+        tall_key_tiles_PK, num_tall_key_tiles_P = _key_tiles(tall_rows_T, 2 * rows, columns)
         ends_QR = _padded(end_T, rows).view(-1, rows)
         stop_Q, tile_Q = ends_QR.amax(1), torch.arange(ends_QR.shape[0], device=end_T.device)
         last_tile_Q = torch.maximum((stop_Q - 1) // rows, tile_Q)
@@ -135,5 +134,4 @@ class DocumentBounds:
         # A slot of a document of L has (L + 1) / 2 pairs on average.
         has_long_documents = pairs is not None and pairs > LONG_DOCUMENTS * end_T.numel()
         columns = LONG_KEY_TILE if has_long_documents else SHORT_KEY_TILE
-        schedule = TileSchedule.from_end(end_T, columns=columns, tall=has_long_documents)
-        return cls(end_T=end_T, schedule=schedule)
+        return cls(end_T=end_T, schedule=TileSchedule.from_end(end_T, columns=columns))

@@ -202,7 +202,7 @@ _backward = opaque(_layer_norm_backward, _fake_backward)
 
 
 def _without_gaps(gradient_TF: Tensor | None) -> Tensor | None:
-    """The gradient of a sum, for one, arrives as an expanded scalar."""
+    """Contiguous, as the kernel reads: the gradient of a sum, for one, arrives as an expanded scalar."""
     return None if gradient_TF is None else gradient_TF.contiguous()
 
 

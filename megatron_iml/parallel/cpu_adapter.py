@@ -85,6 +85,10 @@ def _no_stream(stream: Any) -> Iterator[None]:
 @contextmanager
 def cpu_adapter() -> Iterator[None]:
     """The CPU answers for CUDA in this thread, whether CUDA is there or not; then all is as it was."""
+    # Entered twice, every torch function would be rewritten twice.
+    if any(isinstance(mode, _CudaAnswersAsCpu) for mode in _get_current_function_mode_stack()):
+        yield
+        return
     from megatron.core.tensor_parallel import random
 
     stand_ins = (
@@ -105,10 +109,6 @@ def cpu_adapter() -> Iterator[None]:
         (torch.cuda, "_lazy_call", _call_now),
         (random, "_lazy_call", _call_now),
     )
-    # Entered twice, every torch function would be rewritten twice.
-    if any(isinstance(mode, _CudaAnswersAsCpu) for mode in _get_current_function_mode_stack()):
-        yield
-        return
     # "CPU RNG state changed within GPU RNG context": here they are one generator, by design.
     log = logging.getLogger("megatron.core.tensor_parallel.random")
     before, level = [vars(owner)[name] for owner, name, _ in stand_ins], log.level

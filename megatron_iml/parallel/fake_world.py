@@ -27,6 +27,17 @@ META = torch.device("meta")
 class _CudaAnswersAsMeta(TorchFunctionMode):
     """What is asked of a GPU is given without memory. Entered above the CPU adapter, so asked first."""
 
+    def __enter__(self) -> "_CudaAnswersAsMeta":
+        """Not before the groups are made: seeding their generators needs a device that has some."""
+        self.current_device = torch.cuda.current_device
+        vars(torch.cuda)["current_device"] = lambda: META
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """What was asked before is asked again."""
+        super().__exit__(*error)
+        vars(torch.cuda)["current_device"] = self.current_device
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -53,13 +64,7 @@ def fake_world(config: Config, rank: int, world_size: int) -> Iterator[Layout]:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             layout = place_in_grid(config, META)
-            current_device = torch.cuda.current_device
-            # After the groups: seeding their generators needs a device that has some.
-            vars(torch.cuda)["current_device"] = lambda: META
-            try:
-                with _CudaAnswersAsMeta():
-                    yield layout
-            finally:
-                vars(torch.cuda)["current_device"] = current_device
+            with _CudaAnswersAsMeta():
+                yield layout
         finally:
             stop_distributed()
