@@ -11,10 +11,15 @@ dV of 64 slots and visits the query tiles from its own to the last that sees it,
 a forest. Each sum has one owner and one order, so a repeat is equal bit for bit; no atomic touches a sum.
 
 Both kinds read the same q, k, v and dO. Two launches would bring them from memory twice, so there is one: the
-schedule's order gives a tile of keys its turn right after the last tile of rows that sees it, while all of it
+schedule's order gives a tile of keys its turn soon after the last tile of rows that sees it, while all of it
 is in the cache. It waits until those rows' delta is there. Programs wait for lower numbers than their own
 only, and those they wait for never wait. That all come to an end then rests on devices starting programs by
 number, which CUDA does not promise, but single-pass scans rely on too.
+
+A delta says itself that it is there: before the launch all its bits are ones, a NaN that no arithmetic makes.
+So no fence orders it before a flag, which would hold up every turn of queries. What is read before it is there
+never reaches a first-level cache: the waiting reads past that cache, and waits for whole tiles, whose lines of
+memory hold nothing else.
 
 As in the forward, 0 * NaN is NaN: a gradient tile with a NaN in it is computed once more by
 `_repair_backward` with whatever is not finite taken out, and the slots that do see such a value become NaN.
@@ -32,66 +37,65 @@ from .tiles import (
     load_gradient,
     load_part,
     nan_rows,
+    prefetch_tile,
     sees_any,
-    store_tile,
+    store_part,
     visible,
     zero_where_not_finite,
 )
 
 
 @triton.jit
-def _all_done(pointers, wanted):
-    """Whether every flag that is wanted is 1. Adding 0 is a read that no cache answers and no later read
-    overtakes."""
-    done = tl.atomic_add(pointers, tl.zeros_like(wanted.to(tl.int32)), mask=wanted, sem="acquire")
-    return tl.min(tl.where(wanted, done, 1), axis=0)
+def _all_there(pointers, wanted):
+    """Whether every delta that is wanted has been written."""
+    # volatile: from memory in every call, not from a cache.
+    bits = tl.load(pointers, mask=wanted, other=0.0, volatile=True).to(tl.int32, bitcast=True)
+    return tl.max((bits == -1).to(tl.int32), axis=0) == 0
 
 
 @triton.jit
-def _await_rows(progress_ptr, first_tile, stop_tile, head, heads, LOOK: tl.constexpr):
-    """Wait until the tiles first_tile ... stop_tile - 1 have their delta."""
-    # LOOK flags at a time: a document of 2,048 slots has 32 tiles.
-    for first in range(first_tile, stop_tile, LOOK):
-        tiles = first + tl.arange(0, LOOK)
-        pointers, wanted = progress_ptr + tiles * heads + head, tiles < stop_tile
-        done = _all_done(pointers, wanted)
-        while done == 0:
-            done = _all_done(pointers, wanted)
-    # A thread acquires for the flags that it read itself: none may load delta before all have seen theirs.
-    tl.debug_barrier()
+def _await_delta(delta_T, first, stop, LOOK: tl.constexpr):
+    """Wait until the rows first ... stop - 1 have their delta."""
+    for row in range(first, stop, LOOK):
+        rows = row + tl.arange(0, LOOK)
+        # The maximum over all threads holds each of them back until all have seen theirs.
+        there = _all_there(delta_T + rows, rows < stop)
+        while not there:
+            there = _all_there(delta_T + rows, rows < stop)
 
 
 @triton.jit
 def _query_tile(
-    qkv_own, grad_own, qkv_visited, out_ptr, d_qkv_ptr, lse2_ptr, delta_ptr, progress_ptr, end_ptr,
-    key_tiles_ptr, num_key_tiles_ptr, dropout_key_ptr,
-    stride_h, stride_3, key_tiles_stride, tokens, scale, scale2, keep_threshold, keep_scale, first_head,
-    tile, head, heads,
-    R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
-    FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, REPAIR: tl.constexpr,
+    qkv_own, grad_own, qkv_visited, d_qkv, qkv_ptr, grad_ptr, out_ptr, d_qkv_ptr, lse2_ptr, delta_ptr,
+    end_ptr, key_tiles_ptr, num_key_tiles_ptr, dropout_key_ptr,
+    stride_t, stride_h, stride_3, key_tiles_stride, delta_stride, tokens, scale, scale2, keep_threshold,
+    keep_scale, first_head, tile, head, heads,
+    R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, FLAT: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
     """Write dQ and delta of a tile; return which rows of dQ hold a NaN."""
     first = tile * R
     rows_R = first + tl.arange(0, R)
-    statistics = tl.cast(head, tl.int64) * tokens + rows_R  # [R], of lse2 and delta
-    # Asked for first: it needs no shared memory, so it is on its way while the others are waited for.
+    if PREFETCH:
+        # The loads below wait for one another. All of it is asked for here, and found in the cache there.
+        prefetch_tile(qkv_ptr + head * stride_h, stride_t, first, tokens, R, D)
+        prefetch_tile(grad_ptr + head * HEAD_DIM, heads * HEAD_DIM, first, tokens, R, D)
+        prefetch_tile(out_ptr + head * HEAD_DIM, heads * HEAD_DIM, first, tokens, R, D)
     pointers_RD, exists_RD = addresses(
         out_ptr + head * HEAD_DIM, heads * HEAD_DIM, first, tokens, R, D, HEAD_DIM
     )
     out_RD = tl.load(pointers_RD, mask=exists_RD, other=0.0)
-    lse2_R = tl.load(lse2_ptr + statistics, mask=rows_R < tokens, other=0.0)
+    lse2_R_ptr = lse2_ptr + tl.cast(head, tl.int64) * tokens + rows_R
+    lse2_R = tl.load(lse2_R_ptr, mask=rows_R < tokens, other=0.0)
     num_key_tiles = tl.load(num_key_tiles_ptr + tile)
     key_tiles_ptr += tl.cast(tile, tl.int64) * key_tiles_stride
     dropout_key = tl.load(dropout_key_ptr) if DROPOUT else 0
     q_RD = load_part(qkv_own, stride_h, stride_3, first, head, 0, R, D, FLAT)
     grad_RD = load_gradient(grad_own, first, head, R, D, HEAD_DIM)
     delta_R = tl.sum(out_RD.to(tl.float32) * grad_RD.to(tl.float32), axis=1)
-    # Before the loop: told inside, behind its first loads, it stops the pipelining (README: 0.711).
-    tl.store(delta_ptr + statistics, delta_R, mask=rows_R < tokens)
-    if not REPAIR:
-        # All of the program's threads have stored before one of them says so.
-        tl.debug_barrier()
-        tl.atomic_xchg(progress_ptr + tile * heads + head, 1, sem="release")
+    # Another NaN than the one that stands for nothing yet. Rows beyond T get their 0: whole tiles are awaited.
+    delta_R = tl.where(delta_R == delta_R, delta_R, float("nan"))
+    tl.store(delta_ptr + tl.cast(head, tl.int64) * delta_stride + rows_R, delta_R)
 
     dq_RD = tl.zeros([R, D], tl.float32)
     spoilt_R = tl.zeros([R], tl.int32)
@@ -116,17 +120,15 @@ def _query_tile(
         dq_RD = tl.dot(ds_RC.to(k_CD.dtype), k_CD, dq_RD, input_precision=PRECISION)
     if REPAIR:
         dq_RD = tl.where(spoilt_R[:, None] != 0, float("nan"), dq_RD)
-    store_tile(
-        d_qkv_ptr + head * (3 * HEAD_DIM), heads * (3 * HEAD_DIM), first, tokens, dq_RD * scale, HEAD_DIM
-    )
+    store_part(d_qkv, d_qkv_ptr, first, head, 0, tokens, heads, dq_RD * scale, HEAD_DIM)
     return nan_rows(dq_RD)
 
 
 @triton.jit
 def _key_tile(
-    qkv_own, qkv_visited, grad_visited, d_qkv_ptr, lse2_ptr, delta_ptr, progress_ptr, end_ptr, stop_ptr,
+    qkv_own, qkv_visited, grad_visited, d_qkv, d_qkv_ptr, lse2_ptr, delta_ptr, end_ptr, stop_ptr,
     common_stop_ptr, dropout_key_ptr,
-    stride_h, stride_3, tokens, scale, scale2, keep_threshold, keep_scale, first_head,
+    stride_h, stride_3, delta_stride, tokens, scale, scale2, keep_threshold, keep_scale, first_head,
     tile, head, heads,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, FLAT: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, REPAIR: tl.constexpr,
@@ -137,7 +139,8 @@ def _key_tile(
     stop, common_stop = tl.load(stop_ptr + tile), tl.load(common_stop_ptr + tile)
     end_R = tl.load(end_ptr + keys_R, mask=keys_R < tokens, other=0)
     dropout_key = tl.load(dropout_key_ptr) if DROPOUT else 0
-    statistics = tl.cast(head, tl.int64) * tokens
+    lse2_T = lse2_ptr + tl.cast(head, tl.int64) * tokens
+    delta_T = delta_ptr + tl.cast(head, tl.int64) * delta_stride
     # Inputs, ready from the start: asked for before the wait, not after.
     k_RD = load_part(qkv_own, stride_h, stride_3, first, head, 1, R, D, FLAT)
     v_RD = load_part(qkv_own, stride_h, stride_3, first, head, 2, R, D, FLAT)
@@ -147,14 +150,14 @@ def _key_tile(
     spoilt_k_R = tl.zeros([R], tl.int32)
     spoilt_v_R = tl.zeros([R], tl.int32)
     if not REPAIR:
-        _await_rows(progress_ptr, tile, tl.cdiv(stop, R), head, heads, 32)
+        _await_delta(delta_T, first, tl.cdiv(stop, R) * R, LOOK=256)
     # Rows that see a column are neighbours, so no list is needed; `stop` is the last one's successor.
     for first_query in range(first, stop, C):
         queries_C = first_query + tl.arange(0, C)
         q_CD = load_part(qkv_visited, stride_h, stride_3, first_query, head, 0, C, D, FLAT)
         grad_CD = load_gradient(grad_visited, first_query, head, C, D, HEAD_DIM)
-        lse2_C = tl.load(lse2_ptr + statistics + queries_C, mask=queries_C < tokens, other=0.0)
-        delta_C = tl.load(delta_ptr + statistics + queries_C, mask=queries_C < tokens, other=0.0)
+        lse2_C = tl.load(lse2_T + queries_C, mask=queries_C < tokens, other=0.0)
+        delta_C = tl.load(delta_T + queries_C, mask=queries_C < tokens, other=0.0)
         scores_RC = tl.dot(k_RD, tl.trans(q_CD), input_precision=PRECISION)
         dp_RC = tl.dot(v_RD, tl.trans(grad_CD), input_precision=PRECISION)
         p_RC = tl.exp2(scores_RC * scale2 - lse2_C[None, :])
@@ -182,9 +185,8 @@ def _key_tile(
     if REPAIR:
         dk_RD = tl.where(spoilt_k_R[:, None] != 0, float("nan"), dk_RD)
         dv_RD = tl.where(spoilt_v_R[:, None] != 0, float("nan"), dv_RD)
-    d_k_ptr, d_stride = d_qkv_ptr + head * (3 * HEAD_DIM) + HEAD_DIM, heads * (3 * HEAD_DIM)
-    store_tile(d_k_ptr, d_stride, first, tokens, dk_RD * scale, HEAD_DIM)
-    store_tile(d_k_ptr + HEAD_DIM, d_stride, first, tokens, dv_RD, HEAD_DIM)
+    store_part(d_qkv, d_qkv_ptr, first, head, 1, tokens, heads, dk_RD * scale, HEAD_DIM)
+    store_part(d_qkv, d_qkv_ptr, first, head, 2, tokens, heads, dv_RD, HEAD_DIM)
     return nan_rows(dk_RD) | nan_rows(dv_RD)
 
 
@@ -193,22 +195,24 @@ def _backward(
     qkv_own,  # descriptor of the projection [T, H, 3, D], boxes of R slots
     grad_own,  # descriptor of the output's gradient [T, H, D] contiguous, boxes of R slots
     qkv_keys, qkv_queries, grad_queries,  # the same in boxes of KEYS, QUERIES and QUERIES slots
+    d_qkv,  # descriptor of the gradient, boxes of R slots; of the matrix [T, row] if D is the head size
+    qkv_ptr, grad_ptr,  # what the descriptors describe
     out_ptr,  # [T, H, D] contiguous
     d_qkv_ptr,  # [T, H, 3, D] contiguous, written
     lse2_ptr,  # fp32 [H, T]
-    delta_ptr,  # fp32 [H, T], written
-    nan_ptr,  # int32 [2, Q, H], 0 at the start: does the tile of dQ, of dK or dV, hold a NaN
-    progress_ptr,  # int32 [Q, H], 0 at the start: do the rows of the tile have their delta
+    delta_ptr,  # fp32 [H, Q R], written; all bits are 1 at the start
+    nan_ptr,  # int32 [2, Q, H], -1 at the start; 1: the tile of dQ, of dK or dV, holds a NaN
     end_ptr,  # int32 [T]
     key_tiles_ptr,  # int32 [Q, K], TileSchedule
     num_key_tiles_ptr, stop_ptr, common_stop_ptr,  # int32 [Q], TileSchedule
     order_ptr,  # int32 [2 Q], TileSchedule
     dropout_key_ptr,  # int64 []
-    # As in `_forward`; scale is softmax_scale, scale2 the same in units of log 2.
-    stride_h, stride_3, key_tiles_stride, tokens, scale, scale2, keep_threshold, keep_scale, first_head,
-    query_tiles, heads,
-    R: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
-    HEAD_DIM: tl.constexpr, FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    # As in `_forward`, and the strides of qkv's slots and of delta's heads; scale is softmax_scale, scale2 the
+    # same in units of log 2.
+    stride_t, stride_h, stride_3, key_tiles_stride, delta_stride, tokens, scale, scale2, keep_threshold,
+    keep_scale, first_head, query_tiles, heads,
+    R: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     # A program's number is its place in the order, so whoever a tile of keys waits for has a lower one. Heads
     # vary fastest: the heads of a slot lie side by side in memory.
@@ -217,16 +221,16 @@ def _backward(
     nan_R = nan_ptr + turn * heads + head + tl.zeros([R], tl.int32)
     if turn < query_tiles:
         has_nan_R = _query_tile(
-            qkv_own, grad_own, qkv_keys, out_ptr, d_qkv_ptr, lse2_ptr, delta_ptr, progress_ptr, end_ptr,
-            key_tiles_ptr, num_key_tiles_ptr, dropout_key_ptr, stride_h, stride_3, key_tiles_stride, tokens,
-            scale, scale2, keep_threshold, keep_scale, first_head, turn, head, heads,
-            R, KEYS, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, False,
+            qkv_own, grad_own, qkv_keys, d_qkv, qkv_ptr, grad_ptr, out_ptr, d_qkv_ptr, lse2_ptr, delta_ptr,
+            end_ptr, key_tiles_ptr, num_key_tiles_ptr, dropout_key_ptr, stride_t, stride_h, stride_3,
+            key_tiles_stride, delta_stride, tokens, scale, scale2, keep_threshold, keep_scale, first_head,
+            turn, head, heads, R, KEYS, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, PREFETCH, False,
         )  # fmt: skip
         tl.store(nan_R, 1, mask=has_nan_R)
     else:
         has_nan_R = _key_tile(
-            qkv_own, qkv_queries, grad_queries, d_qkv_ptr, lse2_ptr, delta_ptr, progress_ptr, end_ptr,
-            stop_ptr, common_stop_ptr, dropout_key_ptr, stride_h, stride_3, tokens, scale, scale2,
+            qkv_own, qkv_queries, grad_queries, d_qkv, d_qkv_ptr, lse2_ptr, delta_ptr, end_ptr, stop_ptr,
+            common_stop_ptr, dropout_key_ptr, stride_h, stride_3, delta_stride, tokens, scale, scale2,
             keep_threshold, keep_scale, first_head, turn - query_tiles, head, heads,
             R, QUERIES, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, False,
         )  # fmt: skip
@@ -235,13 +239,13 @@ def _backward(
 
 @triton.jit
 def _repair_backward(
-    qkv_own, grad_own, qkv_keys, qkv_queries, grad_queries, out_ptr, d_qkv_ptr, lse2_ptr, delta_ptr, nan_ptr,
-    progress_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr, stop_ptr, common_stop_ptr, order_ptr,
-    dropout_key_ptr,
-    stride_h, stride_3, key_tiles_stride, tokens, scale, scale2, keep_threshold, keep_scale, first_head,
-    query_tiles, heads,
-    R: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
-    HEAD_DIM: tl.constexpr, FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    qkv_own, grad_own, qkv_keys, qkv_queries, grad_queries, d_qkv, qkv_ptr, grad_ptr, out_ptr, d_qkv_ptr,
+    lse2_ptr, delta_ptr, nan_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr, stop_ptr, common_stop_ptr,
+    order_ptr, dropout_key_ptr,
+    stride_t, stride_h, stride_3, key_tiles_stride, delta_stride, tokens, scale, scale2, keep_threshold,
+    keep_scale, first_head, query_tiles, heads,
+    R: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr,
     SPAN: tl.constexpr,
 ):  # fmt: skip
     """Compute those of SPAN tiles that hold a NaN once more: dQ first, then dK and dV. Arguments as of
@@ -249,21 +253,22 @@ def _repair_backward(
     # Tiles of queries are the first half of the flags, tiles of keys the second, heads fastest in both.
     first = tl.program_id(0) * SPAN
     indices = first + tl.arange(0, SPAN)
-    if tl.max(tl.load(nan_ptr + indices, mask=indices < 2 * query_tiles * heads, other=0), axis=0) != 0:
+    if tl.max(tl.load(nan_ptr + indices, mask=indices < 2 * query_tiles * heads, other=-1), axis=0) > 0:
         for index in range(first, min(first + SPAN, 2 * query_tiles * heads)):
-            if tl.load(nan_ptr + index) != 0:
+            if tl.load(nan_ptr + index) > 0:
                 tile, head = index // heads % query_tiles, index % heads
                 if index < query_tiles * heads:
                     _query_tile(
-                        qkv_own, grad_own, qkv_keys, out_ptr, d_qkv_ptr, lse2_ptr, delta_ptr, progress_ptr,
-                        end_ptr, key_tiles_ptr, num_key_tiles_ptr, dropout_key_ptr, stride_h, stride_3,
-                        key_tiles_stride, tokens, scale, scale2, keep_threshold, keep_scale, first_head,
-                        tile, head, heads, R, KEYS, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, True,
+                        qkv_own, grad_own, qkv_keys, d_qkv, qkv_ptr, grad_ptr, out_ptr, d_qkv_ptr, lse2_ptr,
+                        delta_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr, dropout_key_ptr, stride_t,
+                        stride_h, stride_3, key_tiles_stride, delta_stride, tokens, scale, scale2,
+                        keep_threshold, keep_scale, first_head, tile, head, heads,
+                        R, KEYS, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, False, True,
                     )  # fmt: skip
                 else:
                     _key_tile(
-                        qkv_own, qkv_queries, grad_queries, d_qkv_ptr, lse2_ptr, delta_ptr, progress_ptr,
-                        end_ptr, stop_ptr, common_stop_ptr, dropout_key_ptr, stride_h, stride_3, tokens,
+                        qkv_own, qkv_queries, grad_queries, d_qkv, d_qkv_ptr, lse2_ptr, delta_ptr, end_ptr,
+                        stop_ptr, common_stop_ptr, dropout_key_ptr, stride_h, stride_3, delta_stride, tokens,
                         scale, scale2, keep_threshold, keep_scale, first_head, tile, head, heads,
                         R, QUERIES, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, True,
                     )  # fmt: skip

@@ -27,6 +27,9 @@ QUERY_TILE = 64
 SHORT_KEY_TILE, LONG_KEY_TILE = 32, 64
 """Columns of the schedule's tiles: for short documents, where narrow tiles hold less that nobody sees, and
 for long ones, where wide tiles are read and multiplied faster."""
+KEYS_LATER = 2
+"""Tiles between the last one that sees a tile of keys and the turn of those keys: enough that they rarely wait,
+few enough that their inputs are still in the cache."""
 LONG_DOCUMENTS = 500
 """Visible pairs a slot from which on a row counts as one of long documents; documents of 2,048 have 1,024."""
 
@@ -52,7 +55,7 @@ class TileSchedule:
     """Likewise: one past the last row that sees all of them (0 in a tile that the row's end cuts)."""
     backward_order_W: Tensor
     """The turns of the backward: below Q the gradients of that tile's queries, from Q on of tile turn - Q's
-    keys. A tile of keys has its turn after the last tile of rows that sees it, whose delta it needs."""
+    keys. A tile of keys has its turn KEYS_LATER tiles after the last that sees it, whose delta it needs."""
 
     @classmethod
     def from_end(cls, end_T: Tensor, rows: int = QUERY_TILE, columns: int = SHORT_KEY_TILE) -> "TileSchedule":
@@ -72,8 +75,8 @@ class TileSchedule:
         ends_QR = _padded(end_T, rows).view(-1, rows)
         stop_Q, tile_Q = ends_QR.amax(1), torch.arange(ends_QR.shape[0], device=end_T.device)
         last_tile_Q = torch.maximum((stop_Q - 1) // rows, tile_Q)
-        # Odd numbers: right behind the rows of their last tile, whose inputs are then still in the cache.
-        turns_W = torch.cat([2 * tile_Q, 2 * last_tile_Q + 1])
+        # Odd numbers: behind the queries of that tile.
+        turns_W = torch.cat([2 * tile_Q, 2 * (last_tile_Q + KEYS_LATER) + 1])
         return cls(
             columns=columns,
             key_tiles_QK=key_tiles_QK,

@@ -130,7 +130,7 @@ class Problem:
         return TensorDescriptor(qkv, list(qkv.shape), list(qkv.stride()), [slots, 1, 1, block])
 
     def describe_gradient(self, grad_THD: Tensor, slots: int) -> TensorDescriptor:
-        """Descriptor of the output's gradient, contiguous, for tiles of `slots` slots."""
+        """Descriptor of a gradient, contiguous, for tiles of `slots` slots: [T, H, D], or [T, 3 H, D] of qkv."""
         tokens, heads, head_dim = grad_THD.shape
         if head_dim == self.block:
             row = heads * head_dim
@@ -176,19 +176,23 @@ def launch_backward(problem: Problem, out_THD: Tensor, lse2_HT: Tensor, grad_THD
         return d_qkv_TH3D
     tiles = schedule.num_key_tiles_Q.numel()
     num_tiles = tiles * heads
-    # Zeroed in every call, and so in every replay of a graph: keys that found old flags would not wait.
-    flags = torch.zeros(3, num_tiles, dtype=torch.int32, device=qkv.device)
+    # Filled in every call, and so in every replay of a graph: keys that found an old delta would not wait.
+    words = torch.full((num_tiles * (QUERY_TILE + 2),), -1, dtype=torch.int32, device=qkv.device)
+    delta, nan = words.split([num_tiles * QUERY_TILE, 2 * num_tiles])
     arguments = (
         problem.describe(QUERY_TILE), problem.describe_gradient(grad_THD, QUERY_TILE),
         problem.describe(schedule.columns), problem.describe(size.queries),
         problem.describe_gradient(grad_THD, size.queries),
-        out_THD, d_qkv_TH3D, lse2_HT, torch.empty_like(lse2_HT), flags[1:], flags[0],
+        problem.describe_gradient(d_qkv_TH3D.flatten(1, 2), QUERY_TILE), qkv, grad_THD,
+        out_THD, d_qkv_TH3D, lse2_HT, delta.view(torch.float32), nan,
         problem.end_T, schedule.key_tiles_QK, schedule.num_key_tiles_Q, schedule.stop_Q,
         schedule.common_stop_Q, schedule.backward_order_W, problem.dropout_key,
-        *qkv.stride()[1:3], schedule.key_tiles_QK.stride(0), tokens, problem.softmax_scale, problem.scale2,
-        *problem.dropout, tiles, heads,
+        *qkv.stride()[:3], schedule.key_tiles_QK.stride(0), tiles * QUERY_TILE, tokens, problem.softmax_scale,
+        problem.scale2, *problem.dropout, tiles, heads,
     )  # fmt: skip
     constants = problem.constants | {"R": QUERY_TILE, "KEYS": schedule.columns, "QUERIES": size.queries}
+    # Triton's interpreter knows no assembly.
+    constants["PREFETCH"] = qkv.is_cuda
     _backward[(2 * num_tiles,)](*arguments, **constants, **size.options())
     _repair_backward[(triton.cdiv(2 * num_tiles, BACKWARD_SPAN),)](
         *arguments, SPAN=BACKWARD_SPAN, **constants, num_warps=8, num_stages=1

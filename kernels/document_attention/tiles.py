@@ -54,6 +54,38 @@ def store_tile(pointer, stride, first, tokens, tile_ND, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def store_part(
+    d_qkv, d_qkv_ptr, first, head, part, tokens, heads, tile_ND,
+    HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of the projection's gradient, [T, H, 3, HEAD_DIM] contiguous: of the query, key or value."""
+    column = (3 * head + part) * HEAD_DIM
+    # The copy engine writes while the program goes on; a box wider than the head would reach into the next.
+    if HEAD_DIM == tile_ND.shape[1]:
+        d_qkv.store([first, column], tile_ND.to(d_qkv_ptr.dtype.element_ty))
+    else:
+        store_tile(d_qkv_ptr + column, 3 * heads * HEAD_DIM, first, tokens, tile_ND, HEAD_DIM)
+
+
+@triton.jit
+def prefetch_tile(pointer, stride, first, tokens, N: tl.constexpr, D: tl.constexpr):
+    """Ask for a tile, to find it in the second-level cache later."""
+    # A cache line of 128 bytes holds 64 numbers of 16 bits.
+    LINES: tl.constexpr = (D + 63) // 64
+    slots_N = tl.minimum(first + tl.arange(0, N), tokens - 1)
+    pointers_NL = pointer + tl.cast(slots_N, tl.int64)[:, None] * stride + 64 * tl.arange(0, LINES)[None, :]
+    # The language has no word for it. An expression must have a value: it is not used.
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers_NL.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def visible(rows_R, columns_C, end_ptr, tokens):
     """The mask of a tile, bool [R, C]: column <= row < end[column]."""
     # Columns beyond the row end at 0: nobody sees them.
