@@ -17,9 +17,8 @@ only, and those they wait for never wait. That all come to an end then rests on 
 number, which CUDA does not promise, but single-pass scans rely on too.
 
 A delta says itself that it is there: before the launch all its bits are ones, a NaN that no arithmetic makes.
-So no fence orders it before a flag, which would hold up every turn of queries. What is read before it is there
-never reaches a first-level cache: the waiting reads past that cache, and waits for whole tiles, whose lines of
-memory hold nothing else.
+So no fence orders it before a flag, which would hold up every turn of queries. Nobody meets an old one in a
+first-level cache: those who wait read past it, and the copy engine, which fetches the delta then, has none.
 
 As in the forward, 0 * NaN is NaN: a gradient tile with a NaN in it is computed once more by
 `_repair_backward` with whatever is not finite taken out, and the slots that do see such a value become NaN.
@@ -39,7 +38,7 @@ from .tiles import (
     nan_rows,
     prefetch_tile,
     sees_any,
-    store_part,
+    store_tile,
     visible,
     zero_where_not_finite,
 )
@@ -68,7 +67,7 @@ def _await_delta(delta_T, first, stop, LOOK: tl.constexpr):
 def _query_tile(
     qkv_own, grad_own, qkv_visited, d_qkv, qkv_ptr, grad_ptr, out_ptr, d_qkv_ptr, lse2_ptr, delta_ptr,
     end_ptr, key_tiles_ptr, num_key_tiles_ptr, dropout_key_ptr,
-    stride_t, stride_h, stride_3, key_tiles_stride, delta_stride, tokens, scale, scale2, keep_threshold,
+    stride_t, stride_h, stride_3, key_tiles_stride, statistics_stride, tokens, scale, scale2, keep_threshold,
     keep_scale, first_head, tile, head, heads,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, FLAT: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, REPAIR: tl.constexpr,
@@ -85,17 +84,17 @@ def _query_tile(
         out_ptr + head * HEAD_DIM, heads * HEAD_DIM, first, tokens, R, D, HEAD_DIM
     )
     out_RD = tl.load(pointers_RD, mask=exists_RD, other=0.0)
-    lse2_R_ptr = lse2_ptr + tl.cast(head, tl.int64) * tokens + rows_R
-    lse2_R = tl.load(lse2_R_ptr, mask=rows_R < tokens, other=0.0)
+    statistics_R = tl.cast(head, tl.int64) * statistics_stride + rows_R
+    lse2_R = tl.load(lse2_ptr + statistics_R)
     num_key_tiles = tl.load(num_key_tiles_ptr + tile)
     key_tiles_ptr += tl.cast(tile, tl.int64) * key_tiles_stride
     dropout_key = tl.load(dropout_key_ptr) if DROPOUT else 0
     q_RD = load_part(qkv_own, stride_h, stride_3, first, head, 0, R, D, FLAT)
     grad_RD = load_gradient(grad_own, first, head, R, D, HEAD_DIM)
     delta_R = tl.sum(out_RD.to(tl.float32) * grad_RD.to(tl.float32), axis=1)
-    # Another NaN than the one that stands for nothing yet. Rows beyond T get their 0: whole tiles are awaited.
+    # Another NaN than the one that stands for nothing yet.
     delta_R = tl.where(delta_R == delta_R, delta_R, float("nan"))
-    tl.store(delta_ptr + tl.cast(head, tl.int64) * delta_stride + rows_R, delta_R)
+    tl.store(delta_ptr + statistics_R, delta_R)
 
     dq_RD = tl.zeros([R, D], tl.float32)
     spoilt_R = tl.zeros([R], tl.int32)
@@ -120,15 +119,16 @@ def _query_tile(
         dq_RD = tl.dot(ds_RC.to(k_CD.dtype), k_CD, dq_RD, input_precision=PRECISION)
     if REPAIR:
         dq_RD = tl.where(spoilt_R[:, None] != 0, float("nan"), dq_RD)
-    store_part(d_qkv, d_qkv_ptr, first, head, 0, tokens, heads, dq_RD * scale, HEAD_DIM)
+    column, row = 3 * head * HEAD_DIM, 3 * heads * HEAD_DIM
+    store_tile(d_qkv, d_qkv_ptr, row, first, column, tokens, dq_RD * scale, HEAD_DIM)
     return nan_rows(dq_RD)
 
 
 @triton.jit
 def _key_tile(
-    qkv_own, qkv_visited, grad_visited, d_qkv, d_qkv_ptr, lse2_ptr, delta_ptr, end_ptr, stop_ptr,
-    common_stop_ptr, dropout_key_ptr,
-    stride_h, stride_3, delta_stride, tokens, scale, scale2, keep_threshold, keep_scale, first_head,
+    qkv_own, qkv_visited, grad_visited, lse2_visited, delta_visited, d_qkv, d_qkv_ptr, delta_ptr, end_ptr,
+    stop_ptr, common_stop_ptr, dropout_key_ptr,
+    stride_h, stride_3, statistics_stride, tokens, scale, scale2, keep_threshold, keep_scale, first_head,
     tile, head, heads,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, FLAT: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, REPAIR: tl.constexpr,
@@ -139,8 +139,6 @@ def _key_tile(
     stop, common_stop = tl.load(stop_ptr + tile), tl.load(common_stop_ptr + tile)
     end_R = tl.load(end_ptr + keys_R, mask=keys_R < tokens, other=0)
     dropout_key = tl.load(dropout_key_ptr) if DROPOUT else 0
-    lse2_T = lse2_ptr + tl.cast(head, tl.int64) * tokens
-    delta_T = delta_ptr + tl.cast(head, tl.int64) * delta_stride
     # Inputs, ready from the start: asked for before the wait, not after.
     k_RD = load_part(qkv_own, stride_h, stride_3, first, head, 1, R, D, FLAT)
     v_RD = load_part(qkv_own, stride_h, stride_3, first, head, 2, R, D, FLAT)
@@ -150,14 +148,15 @@ def _key_tile(
     spoilt_k_R = tl.zeros([R], tl.int32)
     spoilt_v_R = tl.zeros([R], tl.int32)
     if not REPAIR:
-        _await_delta(delta_T, first, tl.cdiv(stop, R) * R, LOOK=256)
+        delta_T_ptr = delta_ptr + tl.cast(head, tl.int64) * statistics_stride
+        _await_delta(delta_T_ptr, first, stop, LOOK=256)
     # Rows that see a column are neighbours, so no list is needed; `stop` is the last one's successor.
     for first_query in range(first, stop, C):
         queries_C = first_query + tl.arange(0, C)
         q_CD = load_part(qkv_visited, stride_h, stride_3, first_query, head, 0, C, D, FLAT)
         grad_CD = load_gradient(grad_visited, first_query, head, C, D, HEAD_DIM)
-        lse2_C = tl.load(lse2_T + queries_C, mask=queries_C < tokens, other=0.0)
-        delta_C = tl.load(delta_T + queries_C, mask=queries_C < tokens, other=0.0)
+        lse2_C = lse2_visited.load([head * statistics_stride + first_query])
+        delta_C = delta_visited.load([head * statistics_stride + first_query])
         scores_RC = tl.dot(k_RD, tl.trans(q_CD), input_precision=PRECISION)
         dp_RC = tl.dot(v_RD, tl.trans(grad_CD), input_precision=PRECISION)
         p_RC = tl.exp2(scores_RC * scale2 - lse2_C[None, :])
@@ -185,8 +184,9 @@ def _key_tile(
     if REPAIR:
         dk_RD = tl.where(spoilt_k_R[:, None] != 0, float("nan"), dk_RD)
         dv_RD = tl.where(spoilt_v_R[:, None] != 0, float("nan"), dv_RD)
-    store_part(d_qkv, d_qkv_ptr, first, head, 1, tokens, heads, dk_RD * scale, HEAD_DIM)
-    store_part(d_qkv, d_qkv_ptr, first, head, 2, tokens, heads, dv_RD, HEAD_DIM)
+    column, row = 3 * head * HEAD_DIM, 3 * heads * HEAD_DIM
+    store_tile(d_qkv, d_qkv_ptr, row, first, column + HEAD_DIM, tokens, dk_RD * scale, HEAD_DIM)
+    store_tile(d_qkv, d_qkv_ptr, row, first, column + 2 * HEAD_DIM, tokens, dv_RD, HEAD_DIM)
     return nan_rows(dk_RD) | nan_rows(dv_RD)
 
 
@@ -195,11 +195,12 @@ def _backward(
     qkv_own,  # descriptor of the projection [T, H, 3, D], boxes of R slots
     grad_own,  # descriptor of the output's gradient [T, H, D] contiguous, boxes of R slots
     qkv_keys, qkv_queries, grad_queries,  # the same in boxes of KEYS, QUERIES and QUERIES slots
+    lse2_queries, delta_queries,  # descriptors of lse2 and delta as vectors, boxes of QUERIES slots
     d_qkv,  # descriptor of the gradient, boxes of R slots; of the matrix [T, row] if D is the head size
     qkv_ptr, grad_ptr,  # what the descriptors describe
     out_ptr,  # [T, H, D] contiguous
     d_qkv_ptr,  # [T, H, 3, D] contiguous, written
-    lse2_ptr,  # fp32 [H, T]
+    lse2_ptr,  # fp32 [H, Q R]
     delta_ptr,  # fp32 [H, Q R], written; all bits are 1 at the start
     nan_ptr,  # int32 [2, Q, H], -1 at the start; 1: the tile of dQ, of dK or dV, holds a NaN
     end_ptr,  # int32 [T]
@@ -207,9 +208,9 @@ def _backward(
     num_key_tiles_ptr, stop_ptr, common_stop_ptr,  # int32 [Q], TileSchedule
     order_ptr,  # int32 [2 Q], TileSchedule
     dropout_key_ptr,  # int64 []
-    # As in `_forward`, and the strides of qkv's slots and of delta's heads; scale is softmax_scale, scale2 the
-    # same in units of log 2.
-    stride_t, stride_h, stride_3, key_tiles_stride, delta_stride, tokens, scale, scale2, keep_threshold,
+    # As in `_forward`, and the strides of qkv's slots and of a head's lse2 and delta; scale is softmax_scale,
+    # scale2 the same in units of log 2.
+    stride_t, stride_h, stride_3, key_tiles_stride, statistics_stride, tokens, scale, scale2, keep_threshold,
     keep_scale, first_head, query_tiles, heads,
     R: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr,
@@ -223,15 +224,15 @@ def _backward(
         has_nan_R = _query_tile(
             qkv_own, grad_own, qkv_keys, d_qkv, qkv_ptr, grad_ptr, out_ptr, d_qkv_ptr, lse2_ptr, delta_ptr,
             end_ptr, key_tiles_ptr, num_key_tiles_ptr, dropout_key_ptr, stride_t, stride_h, stride_3,
-            key_tiles_stride, delta_stride, tokens, scale, scale2, keep_threshold, keep_scale, first_head,
-            turn, head, heads, R, KEYS, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, PREFETCH, False,
+            key_tiles_stride, statistics_stride, tokens, scale, scale2, keep_threshold, keep_scale,
+            first_head, turn, head, heads, R, KEYS, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, PREFETCH, False,
         )  # fmt: skip
         tl.store(nan_R, 1, mask=has_nan_R)
     else:
         has_nan_R = _key_tile(
-            qkv_own, qkv_queries, grad_queries, d_qkv, d_qkv_ptr, lse2_ptr, delta_ptr, end_ptr, stop_ptr,
-            common_stop_ptr, dropout_key_ptr, stride_h, stride_3, delta_stride, tokens, scale, scale2,
-            keep_threshold, keep_scale, first_head, turn - query_tiles, head, heads,
+            qkv_own, qkv_queries, grad_queries, lse2_queries, delta_queries, d_qkv, d_qkv_ptr, delta_ptr,
+            end_ptr, stop_ptr, common_stop_ptr, dropout_key_ptr, stride_h, stride_3, statistics_stride,
+            tokens, scale, scale2, keep_threshold, keep_scale, first_head, turn - query_tiles, head, heads,
             R, QUERIES, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, False,
         )  # fmt: skip
         tl.store(nan_R, 1, mask=has_nan_R)
@@ -239,10 +240,10 @@ def _backward(
 
 @triton.jit
 def _repair_backward(
-    qkv_own, grad_own, qkv_keys, qkv_queries, grad_queries, d_qkv, qkv_ptr, grad_ptr, out_ptr, d_qkv_ptr,
-    lse2_ptr, delta_ptr, nan_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr, stop_ptr, common_stop_ptr,
-    order_ptr, dropout_key_ptr,
-    stride_t, stride_h, stride_3, key_tiles_stride, delta_stride, tokens, scale, scale2, keep_threshold,
+    qkv_own, grad_own, qkv_keys, qkv_queries, grad_queries, lse2_queries, delta_queries, d_qkv, qkv_ptr,
+    grad_ptr, out_ptr, d_qkv_ptr, lse2_ptr, delta_ptr, nan_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr,
+    stop_ptr, common_stop_ptr, order_ptr, dropout_key_ptr,
+    stride_t, stride_h, stride_3, key_tiles_stride, statistics_stride, tokens, scale, scale2, keep_threshold,
     keep_scale, first_head, query_tiles, heads,
     R: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr,
@@ -261,14 +262,15 @@ def _repair_backward(
                     _query_tile(
                         qkv_own, grad_own, qkv_keys, d_qkv, qkv_ptr, grad_ptr, out_ptr, d_qkv_ptr, lse2_ptr,
                         delta_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr, dropout_key_ptr, stride_t,
-                        stride_h, stride_3, key_tiles_stride, delta_stride, tokens, scale, scale2,
+                        stride_h, stride_3, key_tiles_stride, statistics_stride, tokens, scale, scale2,
                         keep_threshold, keep_scale, first_head, tile, head, heads,
                         R, KEYS, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, False, True,
                     )  # fmt: skip
                 else:
                     _key_tile(
-                        qkv_own, qkv_queries, grad_queries, d_qkv, d_qkv_ptr, lse2_ptr, delta_ptr, end_ptr,
-                        stop_ptr, common_stop_ptr, dropout_key_ptr, stride_h, stride_3, delta_stride, tokens,
-                        scale, scale2, keep_threshold, keep_scale, first_head, tile, head, heads,
+                        qkv_own, qkv_queries, grad_queries, lse2_queries, delta_queries, d_qkv, d_qkv_ptr,
+                        delta_ptr, end_ptr, stop_ptr, common_stop_ptr, dropout_key_ptr, stride_h, stride_3,
+                        statistics_stride, tokens, scale, scale2, keep_threshold, keep_scale, first_head,
+                        tile, head, heads,
                         R, QUERIES, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, True,
                     )  # fmt: skip

@@ -28,8 +28,8 @@ SHORT_KEY_TILE, LONG_KEY_TILE = 32, 64
 """Columns of the schedule's tiles: for short documents, where narrow tiles hold less that nobody sees, and
 for long ones, where wide tiles are read and multiplied faster."""
 KEYS_LATER = 2
-"""Tiles between the last one that sees a tile of keys and the turn of those keys: enough that they rarely wait,
-few enough that their inputs are still in the cache."""
+"""Tiles between the last one that sees a tile of keys and the turn of those keys: enough that they rarely
+wait, few enough that their inputs are still in the cache."""
 LONG_DOCUMENTS = 500
 """Visible pairs a slot from which on a row counts as one of long documents; documents of 2,048 have 1,024."""
 
@@ -93,6 +93,11 @@ class TileSchedule:
         # Operators of torch take lists of tensors, not dataclasses.
         lists = [self.key_tiles_QK, self.num_key_tiles_Q, self.tall_key_tiles_PK, self.num_tall_key_tiles_P]
         return [*lists, self.stop_Q, self.common_stop_Q, self.backward_order_W]
+
+
+def whole_tiles(tokens: int) -> int:
+    """Slots of the query tiles that hold `tokens` slots."""
+    return (tokens + QUERY_TILE - 1) // QUERY_TILE * QUERY_TILE
 
 
 def _padded(end_T: Tensor, rows: int) -> Tensor:

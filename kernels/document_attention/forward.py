@@ -1,7 +1,8 @@
 """Forward kernel: one program computes the output of one query tile of one head with an online softmax.
 
 What enters: the fused projection, the tile schedule, `end`. What leaves: out [T, H, D] and, for the backward,
-log2 of the sum of exp2 of the scaled scores, lse2 [H, T] (+inf in a row that sees nothing).
+log2 of the sum of exp2 of the scaled scores, lse2 [H, T rounded up to whole tiles] (+inf in a row that sees
+nothing, as those beyond T do).
 
 Scores are taken in units of log 2, so that exp2 serves: scale2 = softmax_scale * log2(e). With scores 3 and 1
 (in these units) a row has lse2 = log2(8 + 2) = 3.32 and probabilities 2^(3 - 3.32) = 0.8 and 0.2.
@@ -70,8 +71,9 @@ def _attend(
 
 @triton.jit
 def _forward_tile(
-    qkv_queries, qkv_keys, out_ptr, lse2_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr, dropout_key_ptr,
-    stride_h, stride_3, key_tiles_stride, tokens, scale2, keep_threshold, keep_scale, first_head,
+    qkv_queries, qkv_keys, out, out_ptr, lse2_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr,
+    dropout_key_ptr,
+    stride_h, stride_3, key_tiles_stride, lse2_stride, tokens, scale2, keep_threshold, keep_scale, first_head,
     tile, head, heads,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, REPAIR: tl.constexpr,
@@ -92,52 +94,56 @@ def _forward_tile(
     sum_R = tl.where(blind_R, 1.0, sum_R)
     # 1 / (1 - p) once, on the output.
     out_RD = out_RD * (keep_scale / sum_R)[:, None]
-    store_tile(out_ptr + head * HEAD_DIM, heads * HEAD_DIM, first_row, tokens, out_RD, HEAD_DIM)
+    store_tile(out, out_ptr, heads * HEAD_DIM, first_row, head * HEAD_DIM, tokens, out_RD, HEAD_DIM)
     rows_R = first_row + tl.arange(0, R)
     # +inf: the backward's exp2(score - lse2) is 0 in such a row, masked or not.
     lse2_R = tl.where(blind_R, float("inf"), largest_R + tl.log2(sum_R))
     # The mark that `_repair_forward` looks for, and overwrites with the number that the backward needs.
     if not REPAIR:
         lse2_R = tl.where(nan_rows(out_RD), float("nan"), lse2_R)
-    tl.store(lse2_ptr + tl.cast(head, tl.int64) * tokens + rows_R, lse2_R, mask=rows_R < tokens)
+    tl.store(lse2_ptr + tl.cast(head, tl.int64) * lse2_stride + rows_R, lse2_R, mask=rows_R < lse2_stride)
 
 
 @triton.jit
 def _forward(
     qkv_queries,  # descriptor of the projection [T, H, 3, D], boxes of R slots
     qkv_keys,  # the same, boxes of C slots
+    out,  # descriptor of the output, boxes of R slots; of the matrix [T, H D] if D is the head size
     out_ptr,  # [T, H, D] contiguous, written
-    lse2_ptr,  # fp32 [H, T], written; until the repair NaN where a row's output is
+    lse2_ptr,  # fp32 [H, T rounded up], written; until the repair NaN where a row's output is
     end_ptr,  # int32 [T]
     key_tiles_ptr,  # int32 [Q, K], or of tall tiles [P, K], TileSchedule
     num_key_tiles_ptr,  # int32 [Q] or [P]
     dropout_key_ptr,  # int64 [], read only with DROPOUT
-    # Strides in elements, of the projection's heads and parts and of a row of key_tiles; T; the scale of
-    # scores in units of log 2; the smallest word kept, the factor on what is kept, head 0's plane of masks.
-    stride_h, stride_3, key_tiles_stride, tokens, scale2, keep_threshold, keep_scale, first_head,
+    # Strides in elements, of the projection's heads and parts, a row of key_tiles and a head's lse2; T; the
+    # scale of scores in units of log 2; the smallest word kept, the factor on what is kept, head 0's plane of
+    # masks.
+    stride_h, stride_3, key_tiles_stride, lse2_stride, tokens, scale2, keep_threshold, keep_scale, first_head,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     FLAT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASK_ALL: tl.constexpr,
 ):  # fmt: skip
     # Heads vary fastest, then neighbouring tiles: what they share is then still in the cache.
     head, tile, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     _forward_tile(
-        qkv_queries, qkv_keys, out_ptr, lse2_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr, dropout_key_ptr,
-        stride_h, stride_3, key_tiles_stride, tokens, scale2, keep_threshold, keep_scale, first_head,
-        tile, head, heads, R, C, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, False, MASK_ALL,
+        qkv_queries, qkv_keys, out, out_ptr, lse2_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr,
+        dropout_key_ptr, stride_h, stride_3, key_tiles_stride, lse2_stride, tokens, scale2,
+        keep_threshold, keep_scale, first_head, tile, head, heads,
+        R, C, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, False, MASK_ALL,
     )  # fmt: skip
 
 
 @triton.jit
 def _repair_forward(
-    qkv_queries, qkv_keys, out_ptr, lse2_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr, dropout_key_ptr,
-    stride_h, stride_3, key_tiles_stride, tokens, scale2, keep_threshold, keep_scale, first_head,
+    qkv_queries, qkv_keys, out, out_ptr, lse2_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr,
+    dropout_key_ptr,
+    stride_h, stride_3, key_tiles_stride, lse2_stride, tokens, scale2, keep_threshold, keep_scale, first_head,
     heads,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, FLAT: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASK_ALL: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Compute those of SPAN tiles of a head once more that hold a NaN. Arguments as of `_forward`."""
     head = tl.program_id(0)
-    first, lse2_T = tl.program_id(1) * SPAN, lse2_ptr + tl.cast(head, tl.int64) * tokens
+    first, lse2_T = tl.program_id(1) * SPAN, lse2_ptr + tl.cast(head, tl.int64) * lse2_stride
     # One look at the marks of all SPAN tiles: mostly the program ends with it.
     rows = first * R + tl.arange(0, SPAN * R)
     if _any_nan(lse2_T + rows, rows < tokens):
@@ -145,9 +151,9 @@ def _repair_forward(
             rows_R = tile * R + tl.arange(0, R)
             if _any_nan(lse2_T + rows_R, rows_R < tokens):
                 _forward_tile(
-                    qkv_queries, qkv_keys, out_ptr, lse2_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr,
-                    dropout_key_ptr, stride_h, stride_3, key_tiles_stride, tokens, scale2, keep_threshold,
-                    keep_scale, first_head, tile, head, heads,
+                    qkv_queries, qkv_keys, out, out_ptr, lse2_ptr, end_ptr, key_tiles_ptr, num_key_tiles_ptr,
+                    dropout_key_ptr, stride_h, stride_3, key_tiles_stride, lse2_stride, tokens, scale2,
+                    keep_threshold, keep_scale, first_head, tile, head, heads,
                     R, C, D, HEAD_DIM, FLAT, DROPOUT, PRECISION, True, MASK_ALL,
                 )  # fmt: skip
 

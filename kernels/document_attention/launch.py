@@ -14,10 +14,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..philox import keep_threshold
 from .backward import _backward, _repair_backward
-from .bounds import LONG_KEY_TILE, QUERY_TILE, TileSchedule
+from .bounds import LONG_KEY_TILE, QUERY_TILE, TileSchedule, whole_tiles
 from .forward import _forward, _repair_forward
 
-FORWARD_SPAN, BACKWARD_SPAN = 8, 64
+FORWARD_SPAN, BACKWARD_SPAN = 32, 128
 """Tiles that one program of a repair kernel looks after: few programs, since they rarely have work."""
 
 
@@ -129,23 +129,27 @@ class Problem:
             return TensorDescriptor(qkv, [qkv.shape[0], self.row], [qkv.stride(0), 1], [slots, block])
         return TensorDescriptor(qkv, list(qkv.shape), list(qkv.stride()), [slots, 1, 1, block])
 
-    def describe_gradient(self, grad_THD: Tensor, slots: int) -> TensorDescriptor:
-        """Descriptor of a gradient, contiguous, for tiles of `slots` slots: [T, H, D], or [T, 3 H, D] of qkv."""
-        tokens, heads, head_dim = grad_THD.shape
+    def describe_contiguous(self, tensor_THD: Tensor, slots: int) -> TensorDescriptor:
+        """Descriptor of a contiguous tensor, [T, H, D] or [T, 3 H, D], for tiles of `slots` slots."""
+        tokens, heads, head_dim = tensor_THD.shape
         if head_dim == self.block:
             row = heads * head_dim
-            return TensorDescriptor(grad_THD, [tokens, row], [row, 1], [slots, head_dim])
-        return TensorDescriptor(
-            grad_THD, list(grad_THD.shape), list(grad_THD.stride()), [slots, 1, self.block]
-        )
+            return TensorDescriptor(tensor_THD, [tokens, row], [row, 1], [slots, head_dim])
+        shape, strides = list(tensor_THD.shape), list(tensor_THD.stride())
+        return TensorDescriptor(tensor_THD, shape, strides, [slots, 1, self.block])
+
+
+def describe_vector(vector_N: Tensor, numbers: int) -> TensorDescriptor:
+    """Descriptor of a vector, for pieces of `numbers` numbers."""
+    return TensorDescriptor(vector_N, [vector_N.numel()], [1], [numbers])
 
 
 def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return out [T, H, D] and lse2, fp32 [H, T]."""
+    """Return out [T, H, D] and lse2, fp32 [H, T rounded up to whole tiles]."""
     qkv, schedule, size = problem.qkv_TH3D, problem.schedule, problem.sizes[0]
     tokens, heads, _, head_dim = qkv.shape
     out_THD = qkv.new_empty(tokens, heads, head_dim)
-    lse2_HT = qkv.new_empty(heads, tokens, dtype=torch.float32)
+    lse2_HT = qkv.new_empty(heads, whole_tiles(tokens), dtype=torch.float32)
     # Triton makes no descriptor of a tensor without elements.
     if tokens == 0:
         return out_THD, lse2_HT
@@ -154,9 +158,11 @@ def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
         key_tiles_QK, num_key_tiles_Q = schedule.tall_key_tiles_PK, schedule.num_tall_key_tiles_P
     tiles = num_key_tiles_Q.numel()
     arguments = (
-        problem.describe(size.rows), problem.describe(schedule.columns), out_THD, lse2_HT, problem.end_T,
+        problem.describe(size.rows), problem.describe(schedule.columns),
+        problem.describe_contiguous(out_THD, size.rows), out_THD, lse2_HT, problem.end_T,
         key_tiles_QK, num_key_tiles_Q, problem.dropout_key,
-        *qkv.stride()[1:3], key_tiles_QK.stride(0), tokens, problem.scale2, *problem.dropout,
+        *qkv.stride()[1:3], key_tiles_QK.stride(0), lse2_HT.stride(0), tokens, problem.scale2,
+        *problem.dropout,
     )  # fmt: skip
     constants = problem.constants | {"R": size.rows, "C": schedule.columns} | size.options()
     # With narrow tiles of large heads the mask costs less than asking whether it is needed.
@@ -179,15 +185,17 @@ def launch_backward(problem: Problem, out_THD: Tensor, lse2_HT: Tensor, grad_THD
     # Filled in every call, and so in every replay of a graph: keys that found an old delta would not wait.
     words = torch.full((num_tiles * (QUERY_TILE + 2),), -1, dtype=torch.int32, device=qkv.device)
     delta, nan = words.split([num_tiles * QUERY_TILE, 2 * num_tiles])
+    delta = delta.view(torch.float32)
     arguments = (
-        problem.describe(QUERY_TILE), problem.describe_gradient(grad_THD, QUERY_TILE),
+        problem.describe(QUERY_TILE), problem.describe_contiguous(grad_THD, QUERY_TILE),
         problem.describe(schedule.columns), problem.describe(size.queries),
-        problem.describe_gradient(grad_THD, size.queries),
-        problem.describe_gradient(d_qkv_TH3D.flatten(1, 2), QUERY_TILE), qkv, grad_THD,
-        out_THD, d_qkv_TH3D, lse2_HT, delta.view(torch.float32), nan,
+        problem.describe_contiguous(grad_THD, size.queries),
+        describe_vector(lse2_HT.flatten(), size.queries), describe_vector(delta, size.queries),
+        problem.describe_contiguous(d_qkv_TH3D.flatten(1, 2), QUERY_TILE),
+        qkv, grad_THD, out_THD, d_qkv_TH3D, lse2_HT, delta, nan,
         problem.end_T, schedule.key_tiles_QK, schedule.num_key_tiles_Q, schedule.stop_Q,
         schedule.common_stop_Q, schedule.backward_order_W, problem.dropout_key,
-        *qkv.stride()[:3], schedule.key_tiles_QK.stride(0), tiles * QUERY_TILE, tokens, problem.softmax_scale,
+        *qkv.stride()[:3], schedule.key_tiles_QK.stride(0), lse2_HT.stride(0), tokens, problem.softmax_scale,
         problem.scale2, *problem.dropout, tiles, heads,
     )  # fmt: skip
     constants = problem.constants | {"R": QUERY_TILE, "KEYS": schedule.columns, "QUERIES": size.queries}

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from ..launch import require, require_kernel_device
 from ..opaque import opaque
 from ..philox import key_tensor
-from .bounds import DocumentBounds, TileSchedule
+from .bounds import DocumentBounds, TileSchedule, whole_tiles
 
 LARGEST_HEAD_DIM = 128
 
@@ -55,7 +55,8 @@ def _document_attention_backward(
 
 def _fake_forward(qkv: Tensor, *unused: Any) -> tuple[Tensor, Tensor]:
     tokens, heads, _, head_dim = qkv.shape
-    return qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(heads, tokens, dtype=torch.float32)
+    lse2_HT = qkv.new_empty(heads, whole_tiles(tokens), dtype=torch.float32)
+    return qkv.new_empty(tokens, heads, head_dim), lse2_HT
 
 
 def _fake_backward(grad: Tensor, qkv: Tensor, *unused: Any) -> Tensor:

@@ -45,26 +45,17 @@ def addresses(pointer, stride, first, tokens, N: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
-def store_tile(pointer, stride, first, tokens, tile_ND, HEAD_DIM: tl.constexpr):
-    """Store a tile, rounded to the pointer's type."""
-    pointers_ND, exists_ND = addresses(
-        pointer, stride, first, tokens, tile_ND.shape[0], tile_ND.shape[1], HEAD_DIM
-    )
-    tl.store(pointers_ND, tile_ND.to(pointer.dtype.element_ty), mask=exists_ND)
-
-
-@triton.jit
-def store_part(
-    d_qkv, d_qkv_ptr, first, head, part, tokens, heads, tile_ND,
-    HEAD_DIM: tl.constexpr,
-):  # fmt: skip
-    """Store a tile of the projection's gradient, [T, H, 3, HEAD_DIM] contiguous: of the query, key or value."""
-    column = (3 * head + part) * HEAD_DIM
-    # The copy engine writes while the program goes on; a box wider than the head would reach into the next.
-    if HEAD_DIM == tile_ND.shape[1]:
-        d_qkv.store([first, column], tile_ND.to(d_qkv_ptr.dtype.element_ty))
+def store_tile(matrix, pointer, stride, first, column, tokens, tile_ND, HEAD_DIM: tl.constexpr):
+    """Store a tile, rounded to the pointer's type, at slot `first` and `column` of a matrix [T, stride]."""
+    # By the copy engine, which takes less work and fewer registers than an address a thread; its box is as
+    # wide as the tile: where that is wider than the head, it would reach into the next one.
+    if tile_ND.shape[1] == HEAD_DIM:
+        matrix.store([first, column], tile_ND.to(pointer.dtype.element_ty))
     else:
-        store_tile(d_qkv_ptr + column, 3 * heads * HEAD_DIM, first, tokens, tile_ND, HEAD_DIM)
+        pointers_ND, exists_ND = addresses(
+            pointer + column, stride, first, tokens, tile_ND.shape[0], tile_ND.shape[1], HEAD_DIM
+        )
+        tl.store(pointers_ND, tile_ND.to(pointer.dtype.element_ty), mask=exists_ND)
 
 
 @triton.jit

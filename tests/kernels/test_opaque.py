@@ -12,6 +12,7 @@ from megatron_iml.kernels.bias_relu import bias_relu, relu_gradient
 from megatron_iml.kernels.bias_relu import op as bias_relu_op
 from megatron_iml.kernels.document_attention import DocumentBounds
 from megatron_iml.kernels.document_attention import op as attention_op
+from megatron_iml.kernels.document_attention.bounds import whole_tiles
 from megatron_iml.kernels.layer_norm import add_layer_norm, bias_dropout_add, layer_norm
 from megatron_iml.kernels.layer_norm import op as layer_norm_op
 from megatron_iml.kernels.philox import key_tensor
@@ -85,7 +86,7 @@ LAUNCHES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "attention backward": (
         attention_op._backward,
         (
-            *plain((T, 2, 8), (T, 2, 3, 8), (T, 2, 8), (2, T)),
+            *plain((T, 2, 8), (T, 2, 3, 8), (T, 2, 8), (2, whole_tiles(T))),
             BOUNDS.end_T,
             BOUNDS.schedule.tensors(),
             key(),
