@@ -16,9 +16,10 @@ is in the cache. It waits until those rows' delta is there. Programs wait for lo
 only, and those they wait for never wait. That all come to an end then rests on devices starting programs by
 number, which CUDA does not promise, but single-pass scans rely on too.
 
-A delta says itself that it is there: before the launch all its bits are ones, a NaN that no arithmetic makes.
-So no fence orders it before a flag, which would hold up every turn of queries. Nobody meets an old one in a
-first-level cache: those who wait read past it, and the copy engine, which fetches the delta then, has none.
+A delta says itself that it is there: before the launch all its bits are ones, a NaN that none is stored as.
+So no fence orders it before a flag, which would hold up every turn of queries. Those who wait read past the
+first-level cache, and the copy engine, which fetches the delta then, has none: they meet it in the second.
+PTX does not promise that without a fence; what came too early would be a NaN, which tests look for.
 
 As in the forward, 0 * NaN is NaN: a gradient tile with a NaN in it is computed once more by
 `_repair_backward` with whatever is not finite taken out, and the slots that do see such a value become NaN.
@@ -77,7 +78,7 @@ def _query_tile(
     rows_R = first + tl.arange(0, R)
     if PREFETCH:
         # The loads below wait for one another. All of it is asked for here, and found in the cache there.
-        prefetch_tile(qkv_ptr + head * stride_h, stride_t, first, tokens, R, D)
+        prefetch_tile(qkv_ptr + tl.cast(head, tl.int64) * stride_h, stride_t, first, tokens, R, D)
         prefetch_tile(grad_ptr + head * HEAD_DIM, heads * HEAD_DIM, first, tokens, R, D)
         prefetch_tile(out_ptr + head * HEAD_DIM, heads * HEAD_DIM, first, tokens, R, D)
     pointers_RD, exists_RD = addresses(

@@ -62,13 +62,12 @@ class TileSchedule:
         """Compute the schedule with a few torch operations and no host synchronisation.
 
         Args:
-            end_T: int32 [T].
+            end_T: int32 [T], T at most: tiles beyond the row never have their turn, and whoever waited for
+                them would wait for ever.
             rows, columns: size of a tile; rows must be a multiple of columns. Memory: 4 bytes per tile of the
                 T x T square, 2 MiB at 32,768 slots. As many columns as rows mean long documents: then the
                 key tiles of tall query tiles are listed as well, in half as much memory.
         """
-        # Tiles beyond the row never have their turn: whoever waited for them would wait for ever.
-        end_T = end_T.clamp(max=end_T.numel())
         key_tiles_QK, num_key_tiles_Q = _key_tiles(end_T, rows, columns)
         tall_rows_T = end_T if columns == rows else end_T[:0]
         tall_key_tiles_PK, num_tall_key_tiles_P = _key_tiles(tall_rows_T, 2 * rows, columns)
@@ -139,6 +138,8 @@ class DocumentBounds:
             pairs: the sum of end - column, if the host knows it; the device is not asked. It decides how wide
                 the schedule's tiles are, and so the order of sums, but nothing else.
         """
+        # What a kernel computes beyond the row is anything, so that nobody may see.
+        end_T = end_T.clamp(max=end_T.numel())
         # A slot of a document of L has (L + 1) / 2 pairs on average.
         has_long_documents = pairs is not None and pairs > LONG_DOCUMENTS * end_T.numel()
         columns = LONG_KEY_TILE if has_long_documents else SHORT_KEY_TILE

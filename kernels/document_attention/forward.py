@@ -2,7 +2,7 @@
 
 What enters: the fused projection, the tile schedule, `end`. What leaves: out [T, H, D] and, for the backward,
 log2 of the sum of exp2 of the scaled scores, lse2 [H, T rounded up to whole tiles] (+inf in a row that sees
-nothing, as those beyond T do).
+nothing, anything beyond T).
 
 Scores are taken in units of log 2, so that exp2 serves: scale2 = softmax_scale * log2(e). With scores 3 and 1
 (in these units) a row has lse2 = log2(8 + 2) = 3.32 and probabilities 2^(3 - 3.32) = 0.8 and 0.2.

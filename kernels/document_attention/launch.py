@@ -26,7 +26,7 @@ class LaunchSize:
     """Sizes of a program: warps, depth of its software pipeline, and
 
     rows            slots of a query tile: 64, or 128 of the schedule's tall tiles (forward only)
-    queries         slots that a turn of keys visits at a time (backward only)
+    queries         slots that a turn of keys visits at a time, a divisor of QUERY_TILE (backward only)
     max_registers   of a thread, so that one more program fits a multiprocessor; None: as many as it takes
 
     A turn of queries and the forward visit the schedule's key tiles.
@@ -183,8 +183,8 @@ def launch_backward(problem: Problem, out_THD: Tensor, lse2_HT: Tensor, grad_THD
     tiles = schedule.num_key_tiles_Q.numel()
     num_tiles = tiles * heads
     # Filled in every call, and so in every replay of a graph: keys that found an old delta would not wait.
-    words = torch.full((num_tiles * (QUERY_TILE + 2),), -1, dtype=torch.int32, device=qkv.device)
-    delta, nan = words.split([num_tiles * QUERY_TILE, 2 * num_tiles])
+    words = torch.full((lse2_HT.numel() + 2 * num_tiles,), -1, dtype=torch.int32, device=qkv.device)
+    delta, nan = words.split([lse2_HT.numel(), 2 * num_tiles])
     delta = delta.view(torch.float32)
     arguments = (
         problem.describe(QUERY_TILE), problem.describe_contiguous(grad_THD, QUERY_TILE),
@@ -200,7 +200,7 @@ def launch_backward(problem: Problem, out_THD: Tensor, lse2_HT: Tensor, grad_THD
     )  # fmt: skip
     constants = problem.constants | {"R": QUERY_TILE, "KEYS": schedule.columns, "QUERIES": size.queries}
     # Triton's interpreter knows no assembly.
-    constants["PREFETCH"] = qkv.is_cuda
+    constants["PREFETCH"] = not triton.knobs.runtime.interpret
     _backward[(2 * num_tiles,)](*arguments, **constants, **size.options())
     _repair_backward[(triton.cdiv(2 * num_tiles, BACKWARD_SPAN),)](
         *arguments, SPAN=BACKWARD_SPAN, **constants, num_warps=8, num_stages=1

@@ -3,7 +3,8 @@
 A tile is [N, D]: N neighbouring slots of one head's query, key, value or gradient; D is the head size rounded
 up to a power of two. Tiles are read by the copy engine through descriptors, which cost no registers and give
 zeros outside of the tensor. Where the head size is D and a slot's heads lie inside its row (FLAT), the tensor
-is a matrix [T, row] to the engine, the fastest form; else it is what it is, [T, H, 3, D].
+is a matrix [T, row] to the engine, the fastest form; else it is what it is, [T, H, 3, D]. Results whose head
+size is D leave through the engine too.
 """
 
 import triton
@@ -47,8 +48,8 @@ def addresses(pointer, stride, first, tokens, N: tl.constexpr, D: tl.constexpr, 
 @triton.jit
 def store_tile(matrix, pointer, stride, first, column, tokens, tile_ND, HEAD_DIM: tl.constexpr):
     """Store a tile, rounded to the pointer's type, at slot `first` and `column` of a matrix [T, stride]."""
-    # By the copy engine, which takes less work and fewer registers than an address a thread; its box is as
-    # wide as the tile: where that is wider than the head, it would reach into the next one.
+    # The copy engine takes less work and fewer registers than an address a thread. Its box is as wide as the
+    # tile: where that is wider than the head, there is no matrix to write it to.
     if tile_ND.shape[1] == HEAD_DIM:
         matrix.store([first, column], tile_ND.to(pointer.dtype.element_ty))
     else:
@@ -61,7 +62,7 @@ def store_tile(matrix, pointer, stride, first, column, tokens, tile_ND, HEAD_DIM
 @triton.jit
 def prefetch_tile(pointer, stride, first, tokens, N: tl.constexpr, D: tl.constexpr):
     """Ask for a tile, to find it in the second-level cache later."""
-    # A cache line of 128 bytes holds 64 numbers of 16 bits.
+    # A cache line of 128 bytes holds 64 numbers of 16 bits. (Of fp32 every second line is asked for.)
     LINES: tl.constexpr = (D + 63) // 64
     slots_N = tl.minimum(first + tl.arange(0, N), tokens - 1)
     pointers_NL = pointer + tl.cast(slots_N, tl.int64)[:, None] * stride + 64 * tl.arange(0, LINES)[None, :]

@@ -1,4 +1,4 @@
-"""The Triton kernels against fp64 within the error budget, on forests; isolation, repeats, masks.
+"""The Triton kernels against fp64 within the error budget, on forests; strides, repeats, masks.
 
 Sizes: one slot, one less and one more than a tile of 64, documents of one slot, one document over several
 tiles, nothing but padding, forests whose trunks and branches cut tiles anywhere. Documents of one slot alone
@@ -6,10 +6,10 @@ have a test of their own: there plain torch is exact, since its softmax is 1, so
 """
 
 import functools
-from collections.abc import Callable
 
 import pytest
 import torch
+from attention_cases import ENDS, FIRST_HEAD, KEY, attend, visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, DTYPES, assert_repeats_equal, normal
@@ -29,31 +29,9 @@ from megatron_iml.kernels.testing import (
     nan_poison,
     random_forest_end,
     run_op,
-    tree_end,
 )
 
 pytest.importorskip("triton", reason="triton is not installed")
-
-KEY = 2**63 + 12345  # as an int64 it is negative
-FIRST_HEAD = 3  # not 0, or masks that forget it would be right
-
-ENDS = {
-    "63 slots": documents_end([63]),
-    "65 slots": documents_end([65]),
-    "documents of one slot": documents_end([1] * 70 + [9]),
-    "one document over three tiles": documents_end([150]),
-    "padding only": documents_end([], padding=66),
-    "padding behind": documents_end([5, 60, 1, 70], padding=9),
-    "trunk and branches": tree_end(70, [3, 80, 1, 30]),
-    "forest": random_forest_end(5, 150, 60),
-    "forest of short trees": random_forest_end(11, 131, 9),
-}
-
-
-def visible(end_T: Tensor) -> Tensor:
-    """The formula: row sees column if and only if column <= row < end[column]."""
-    index_T = torch.arange(end_T.numel(), device=end_T.device)
-    return (index_T <= index_T[:, None]) & (index_T[:, None] < end_T)
 
 
 def keep(tokens: int, heads: int, probability: float) -> Tensor:
@@ -71,17 +49,6 @@ def dense_attention(end_T: Tensor, probability: float, qkv: Tensor) -> tuple[Ten
     if probability > 0.0:
         probabilities = probabilities * keep(end_T.numel(), q.shape[0], probability) / (1.0 - probability)
     return ((probabilities @ v).transpose(0, 1),)
-
-
-def attend(
-    end_T: Tensor,
-    probability: float,
-    qkv: Tensor,
-    op: Callable[..., Tensor] = document_attention,
-    pairs: int | None = None,
-) -> tuple[Tensor]:
-    bounds = DocumentBounds.from_end(end_T, pairs)
-    return (op(qkv, bounds, qkv.shape[3] ** -0.5, probability, KEY, FIRST_HEAD),)
 
 
 def hold_to_budget(
@@ -192,92 +159,6 @@ def test_the_mask_is_the_definitions_bit_for_bit() -> None:
     assert torch.equal(out_THD.transpose(0, 1) != 0, expected_HTT)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("place", ["query", "key", "value", "gradient"])
-def test_what_is_not_finite_reaches_nobody_who_does_not_see_it(place: str, value: float) -> None:
-    end_T = ENDS["forest"].to(DEVICE)
-    sees_TT, tokens = visible(end_T), end_T.numel()
-    gradient = normal(tokens, 2, 16, seed=2, dtype=torch.float32).detach()
-    op = functools.partial(attend, end_T, 0.0)
-    qkv = normal(tokens, 2, 3, 16, seed=1, dtype=torch.float32)
-    clean = run_op(op, {"qkv": qkv}, [gradient])
-    # The first and the last, and two whose tiles hold several documents.
-    for slot in (0, 70, 101, 149):
-        spoilt_qkv, spoilt_gradient = qkv.detach().clone(), gradient.clone()
-        if place == "gradient":
-            spoilt_gradient[slot, 0, 3] = value
-        else:
-            spoilt_qkv[slot, 0, ["query", "key", "value"].index(place), 3] = value
-        spoilt = run_op(op, {"qkv": spoilt_qkv.requires_grad_()}, [spoilt_gradient])
-        # Rows that see the slot may change, and the gradients of all that those rows see.
-        itself_T = torch.arange(tokens, device=DEVICE) == slot
-        rows_T = sees_TT[:, slot] | itself_T if place in ("key", "value") else itself_T
-        seen_T = sees_TT[rows_T].any(0) | rows_T
-        out, d_qkv = spoilt["output 0"], spoilt["gradient of qkv"]
-        # Close, not equal: a tile that met a NaN is computed once more, in another order of sums.
-        torch.testing.assert_close(out[~rows_T], clean["output 0"][~rows_T])
-        torch.testing.assert_close(d_qkv[~seen_T], clean["gradient of qkv"][~seen_T])
-        assert torch.equal(out[:, 1], clean["output 0"][:, 1]), "the other head changed"
-        assert torch.equal(d_qkv[:, 1], clean["gradient of qkv"][:, 1]), "the other head changed"
-        # And nothing hides it from those who do see it. An infinite score may leave a finite output.
-        if place != "gradient" and value != value:
-            assert out[rows_T, 0].isnan().any(1).all()
-        assert not d_qkv[slot, 0].isfinite().all()
-
-
-def test_a_nan_is_found_in_every_part_of_a_row() -> None:
-    # A program of a repair looks after 8 tiles of the output, or 64 of the gradients: here there are two of
-    # each, and the NaN is where the second one looks.
-    end_T = documents_end([40] * 14).to(DEVICE)
-    qkv = normal(560, 4, 3, 16, seed=1, dtype=torch.float32)
-    gradient = normal(560, 4, 16, seed=2, dtype=torch.float32).detach()
-    op = functools.partial(attend, end_T, 0.0)
-    clean = run_op(functools.partial(op, op=document_attention_reference), {"qkv": qkv}, [gradient])
-    with torch.no_grad():
-        qkv[530, 3] = float("nan")
-    spoilt = run_op(op, {"qkv": qkv}, [gradient])
-    # Slots 520 to 559 are a document; its tile begins with slot 512, in the one before.
-    assert spoilt["output 0"][530:, 3].isnan().all()
-    assert spoilt["gradient of qkv"][530, 3].isnan().all()
-    # Sums of 40 terms of order 1, in another order than the reference's.
-    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
-    close(spoilt["output 0"][:530], clean["output 0"][:530])
-    close(spoilt["gradient of qkv"][:520], clean["gradient of qkv"][:520])
-
-
-def test_a_nan_in_a_tall_tile_stays_in_its_document() -> None:
-    # Query tiles of 128 rows, the second with the ends of two documents and padding.
-    end_T = documents_end([100, 100, 40], padding=9).to(DEVICE)
-    op = functools.partial(attend, end_T, 0.0, pairs=LONG_DOCUMENTS * 1000)
-    qkv = normal(249, 2, 3, 128, seed=1, dtype=torch.float16)
-    gradient = normal(249, 2, 128, seed=2, dtype=torch.float16).detach()
-    clean = run_op(op, {"qkv": qkv}, [gradient])
-    with torch.no_grad():
-        qkv[150, 1, 2] = float("nan")
-    spoilt = run_op(op, {"qkv": qkv}, [gradient])
-    assert spoilt["output 0"][150:200, 1].isnan().all()
-    for name, value in clean.items():
-        others = [*range(100), *range(200, 249)]
-        # fp16: a few units in the last place of numbers of order 1, for another order of sums.
-        torch.testing.assert_close(spoilt[name][others], value[others], rtol=4e-3, atol=4e-3)
-
-
-def test_other_documents_keep_their_bits() -> None:
-    end_T = ENDS["padding behind"].to(DEVICE)
-    gradient = normal(end_T.numel(), 2, 16, seed=2, dtype=torch.float16).detach()
-    op = functools.partial(attend, end_T, 0.1)
-    qkv = normal(end_T.numel(), 2, 3, 16, seed=1, dtype=torch.float16)
-    clean = run_op(op, {"qkv": qkv}, [gradient])
-    with torch.no_grad():
-        qkv[5:65] *= 7  # the second document
-    changed = run_op(op, {"qkv": qkv}, [gradient])
-    # The first and the fourth lie in tiles with it: their products are computed together.
-    others = [*range(5), *range(65, end_T.numel())]
-    for name, value in clean.items():
-        assert torch.equal(value[others], changed[name][others])
-        assert not torch.equal(value, changed[name])
-
-
 @pytest.mark.parametrize(
     "layout", ["fused projection", "heads outermost", "parts outermost", "a slice of a wider row"]
 )
@@ -320,23 +201,6 @@ def test_a_gradient_may_begin_anywhere() -> None:
     (out,) = attend(end_T, 0.0, qkv)
     found, expected = (torch.autograd.grad(out, qkv, g, retain_graph=True)[0] for g in (shifted, gradient))
     assert torch.equal(found, expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("pairs", [None, LONG_DOCUMENTS * 10**6])
-def test_more_programs_than_run_at_once(pairs: int | None) -> None:
-    # 6,144 turns of the backward, where an H100 holds 264: those that wait do so across the device.
-    end_T = random_forest_end(3, 16384, 2048).to(DEVICE)
-    op = functools.partial(attend, end_T, 0.1, pairs=pairs)
-    qkv = normal(16384, 12, 3, 64, seed=1, dtype=torch.bfloat16)
-    gradient = normal(16384, 12, 64, seed=2, dtype=torch.bfloat16).detach()
-    assert_repeats_equal(op, {"qkv": qkv}, [gradient], 50)
-    # A head by itself has few enough programs to run all at once.
-    found = run_op(op, {"qkv": qkv}, [gradient])["gradient of qkv"]
-    alone = qkv.detach()[:, :1].clone().requires_grad_()
-    # Heads are independent, so its bits are those it has among twelve.
-    expected = run_op(op, {"qkv": alone}, [gradient[:, :1]])["gradient of qkv"]
-    assert torch.equal(found[:, :1], expected)
 
 
 @pytest.mark.slow  # importing the compiler takes half a minute
