@@ -19,7 +19,7 @@ number, which CUDA does not promise, but single-pass scans rely on too.
 A delta says itself that it is there: before the launch all its bits are ones, a NaN that none is stored as.
 So no fence orders it before a flag, which would hold up every turn of queries. Those who wait read past the
 first-level cache, and the copy engine, which fetches the delta then, has none: they meet it in the second.
-PTX does not promise that without a fence; what came too early would be a NaN, which tests look for.
+PTX does not promise that without a fence; what came too early would be a NaN, and computed once more.
 
 As in the forward, 0 * NaN is NaN: a gradient tile with a NaN in it is computed once more by
 `_repair_backward` with whatever is not finite taken out, and the slots that do see such a value become NaN.
