@@ -44,8 +44,8 @@ from megatron_iml.kernels.testing import Op, assert_op_within_budget
 from megatron_iml.kernels.weight_gradient import accumulate_weight_gradient
 
 SLOTS = 16384
-# Of OPT-1.3B, 6.7B and 175B, and between them 8,192, which no OPT has.
-WIDTHS = (2048, 4096, 8192, 9216, 12288)
+WIDTHS = (768, 1024, 2048, 2560, 4096, 5120, 7168, 9216, 12288)
+"""Of OPT-125M to OPT-175B."""
 LOSS_WIDTHS = (2048, 4096)
 # OPT's 50,265 entries, padded to a multiple of 8.
 VOCABULARY = 50272

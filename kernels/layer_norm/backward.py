@@ -10,10 +10,14 @@ A fixed number of programs walks over the rows; each keeps its three column sums
 writes them once, [program, sum, feature]; `column_sum` adds the programs up. Without dropout d_x is d_sum
 itself and is not written twice; without the norm d_sum is what came in.
 
-Three sums of a row of more than 8,192 features do not fit the registers of a program, so such rows are cut
-into parts of the columns. A program owns one part, and of the others it reads what the two means need;
-programs of the same rows run at the same time, so what one has fetched the others find in the L2 cache.
+A tensor of Triton has a power of two of columns, and a row has not: beyond 4,096 features it is cut into
+chunks, each a tensor of its own in a tuple, so that few lanes are idle. Three sums of more than 9,216 features
+do not fit the registers of a program. Such rows are cut into parts as well: a program owns the chunks of one,
+and of the other it reads what the two means need; both run at the same time, so what one has fetched the
+other finds in the L2 cache.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,39 +30,75 @@ from ..philox_triton import keep_tile
 from .forward import Dropout
 
 
-# Asked by the kernel and by its launch, whose BLOCK has to hold what the kernel takes for a part.
-@triton.constexpr_function
-def _width(num_features, num_parts):
-    """Columns of a part: whole 16-byte loads, and whole groups of four of a dropout mask."""
-    return num_features if num_parts == 1 else triton.cdiv(triton.cdiv(num_features, num_parts), 8) * 8
+@triton.jit
+def _columns(part, chunk, NUM_FEATURES: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """First column of a chunk of a part, its columns [BLOCK], and which of these there are."""
+    first = (part * CHUNKS + chunk) * BLOCK
+    columns = first + tl.arange(0, BLOCK)
+    return first, columns, columns < NUM_FEATURES
 
 
 @triton.jit
-def _part_columns(part, NUM_FEATURES: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """First column of a part, its columns [BLOCK], and which of these it has."""
-    lanes = tl.arange(0, BLOCK)  # [BLOCK]: WIDTH rounded up to a power of two
-    if PARTS == 1:
-        return 0, lanes, lanes < NUM_FEATURES
-    WIDTH: tl.constexpr = _width(NUM_FEATURES, PARTS)
-    # Beyond its width a block reaches into the next part, which another program owns.
-    columns = part * WIDTH + lanes
-    return part * WIDTH, columns, (lanes < WIDTH) & (columns < NUM_FEATURES)
-
-
-@triton.jit
-def _part_terms(
-    d_y_ptr, normed_ptr, weight_ptr, mean, rstd, rows, in_rows, part,
-    NUM_FEATURES: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """g and g * xhat of a part that is not the program's own, each [ROWS, BLOCK]."""
-    _, columns, in_features = _part_columns(part, NUM_FEATURES, PARTS, BLOCK)
-    mask = in_rows[:, None] & in_features[None, :]
+def _box(rows, in_rows, columns, in_features, NUM_FEATURES: tl.constexpr):
+    """Offsets of the elements of rows x columns, [ROWS, BLOCK], and which of them there are."""
     offsets = rows.to(tl.int64)[:, None] * NUM_FEATURES + columns[None, :]
-    weight = tl.load(weight_ptr + columns, mask=in_features, other=0.0).to(tl.float32)  # [BLOCK]
-    # [ROWS, BLOCK]; the same terms as in the loop of `_backward`: the parts of a row share its two means.
-    g = tl.load(d_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * weight[None, :]
+    return offsets, in_rows[:, None] & in_features[None, :]
+
+
+@triton.jit
+def _zeros(CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """One sum over rows: fp32 [BLOCK] for each chunk."""
+    sums = ()
+    for _ in tl.static_range(CHUNKS):
+        sums = sums + (tl.zeros([BLOCK], tl.float32),)
+    return sums
+
+
+@triton.jit
+def _terms(d_y_ptr, normed_ptr, weight, mean, rstd, offsets, mask):
+    """d_y, xhat and g of a chunk, fp32 [ROWS, BLOCK] each."""
+    d_y = tl.load(d_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     normed = tl.load(normed_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    return g, g * ((normed - mean[:, None]) * rstd[:, None])
+    # Rows past the end read zeros and rstd 0, so they add nothing; columns past it are not stored.
+    return d_y, (normed - mean[:, None]) * rstd[:, None], d_y * weight[None, :]
+
+
+@triton.jit
+def _norm(
+    d_y_ptr, normed_ptr, mean_ptr, rstd_ptr, weight_ptr, weight, d_weight, d_bias, rows, in_rows, part,
+    NUM_FEATURES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """The sums d_weight and d_bias with these rows in them, and rstd * (g - mean(g) - xhat * mean(g * xhat)) of
+    the part's own chunks."""
+    mean = tl.load(mean_ptr + rows, mask=in_rows, other=0.0)  # [ROWS]
+    rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)
+    # Chunks are added up feature by feature first: summing a tile has all warps wait for one another.
+    sum_g = tl.zeros([ROWS, BLOCK], tl.float32)
+    sum_gx = tl.zeros([ROWS, BLOCK], tl.float32)
+    new_d_weight, new_d_bias, own_g, own_xhat = (), (), (), ()
+    # Its own part first: so each adds in another order, and its means may differ in the last bit.
+    for step in tl.static_range(PARTS):
+        for chunk in tl.static_range(CHUNKS):
+            _, columns, in_features = _columns((part + step) % PARTS, chunk, NUM_FEATURES, CHUNKS, BLOCK)
+            offsets, mask = _box(rows, in_rows, columns, in_features, NUM_FEATURES)
+            # A row of one chunk has registers for the weight; else it comes from the L2 cache each time.
+            if CHUNKS > 1:
+                weight = tl.load(weight_ptr + columns, mask=in_features, other=0.0).to(tl.float32)
+            d_y, xhat, g = _terms(d_y_ptr, normed_ptr, weight, mean, rstd, offsets, mask)
+            sum_g += g
+            sum_gx += g * xhat
+            if step == 0:
+                new_d_weight = new_d_weight + (d_weight[chunk] + tl.sum(d_y * xhat, axis=0),)
+                new_d_bias = new_d_bias + (d_bias[chunk] + tl.sum(d_y, axis=0),)
+                own_g, own_xhat = own_g + (g,), own_xhat + (xhat,)
+    mean_g = tl.sum(sum_g, axis=1) * (1.0 / NUM_FEATURES)
+    mean_gx = tl.sum(sum_gx, axis=1) * (1.0 / NUM_FEATURES)
+    gradient = ()
+    for chunk in tl.static_range(CHUNKS):
+        centred = own_g[chunk] - mean_g[:, None] - own_xhat[chunk] * mean_gx[:, None]
+        gradient = gradient + (rstd[:, None] * centred,)
+    return new_d_weight, new_d_bias, gradient
 
 
 @triton.jit(do_not_specialize=["first_slot", "threshold"])
@@ -82,86 +122,94 @@ def _backward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    CHUNKS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     part = tl.program_id(1) if PARTS > 1 else 0
-    first_column, columns, in_features = _part_columns(part, NUM_FEATURES, PARTS, BLOCK)
-    # [BLOCK] each, over all rows of the program: the registers that decide how wide a part may be.
-    d_weight = tl.zeros([BLOCK], tl.float32)
-    d_bias = tl.zeros([BLOCK], tl.float32)
-    d_x_bias = tl.zeros([BLOCK], tl.float32)
-    if d_y_ptr is not None:
+    # Over all rows of the program: the registers that decide how wide a part may be.
+    d_weight, d_bias, d_x_bias = _zeros(CHUNKS, BLOCK), _zeros(CHUNKS, BLOCK), _zeros(CHUNKS, BLOCK)
+    weight = 0.0
+    if d_y_ptr is not None and CHUNKS == 1:
+        _, columns, in_features = _columns(part, 0, NUM_FEATURES, CHUNKS, BLOCK)
         weight = tl.load(weight_ptr + columns, mask=in_features, other=0.0).to(tl.float32)
 
     for first in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)  # [ROWS]
-        mask = (rows < num_rows)[:, None] & in_features[None, :]
-        offsets = rows.to(tl.int64)[:, None] * NUM_FEATURES + columns[None, :]
-        d_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-        if d_new_residual_ptr is not None:
-            d_sum = tl.load(d_new_residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        in_rows = rows < num_rows
         if d_y_ptr is not None:
-            d_y = tl.load(d_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
-            normed = tl.load(normed_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)  # [ROWS]
-            rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
-            xhat = (normed - mean[:, None]) * rstd[:, None]
-            # Rows past the end read zeros and rstd 0, so they add nothing; columns past it are not stored.
-            d_weight += tl.sum(d_y * xhat, axis=0)
-            d_bias += tl.sum(d_y, axis=0)
-            g = d_y * weight[None, :]
-            # Parts are added up feature by feature first: summing a tile has all warps wait for one another.
-            terms_g, terms_gx = g, g * xhat
-            # Every part adds the others in another order: its means may differ from theirs in the last bit.
-            for step in tl.static_range(1, PARTS):
-                other_g, other_gx = _part_terms(
-                    d_y_ptr, normed_ptr, weight_ptr, mean, rstd, rows, rows < num_rows,
-                    (part + step) % PARTS, NUM_FEATURES, PARTS, BLOCK,
-                )  # fmt: skip
-                terms_g += other_g
-                terms_gx += other_gx
-            mean_g = tl.sum(terms_g, axis=1) * (1.0 / NUM_FEATURES)
-            mean_gx = tl.sum(terms_gx, axis=1) * (1.0 / NUM_FEATURES)
-            d_sum += rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None])
-            tl.store(d_sum_ptr + offsets, d_sum.to(d_sum_ptr.dtype.element_ty), mask=mask)
-        if key_ptr is not None:
-            # `first_column` divides by 8 (`_width`), as a group of four words needs.
-            keep = keep_tile(tl.load(key_ptr), threshold, first_slot + rows, first_column, 0, BLOCK)
-            # From here on d_sum is d_x: the bias was added before the dropout.
-            d_sum = tl.where(keep, d_sum * scale, 0.0)
-            tl.store(d_x_ptr + offsets, d_sum.to(d_x_ptr.dtype.element_ty), mask=mask)
+            d_weight, d_bias, gradient = _norm(
+                d_y_ptr, normed_ptr, mean_ptr, rstd_ptr, weight_ptr, weight, d_weight, d_bias, rows, in_rows,
+                part, NUM_FEATURES, ROWS, BLOCK, CHUNKS, PARTS,
+            )  # fmt: skip
+        new_d_x_bias = ()
+        for chunk in tl.static_range(CHUNKS):
+            first_column, columns, in_features = _columns(part, chunk, NUM_FEATURES, CHUNKS, BLOCK)
+            offsets, mask = _box(rows, in_rows, columns, in_features, NUM_FEATURES)
+            d_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+            if d_new_residual_ptr is not None:
+                d_sum = tl.load(d_new_residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            if d_y_ptr is not None:
+                d_sum += gradient[chunk]
+                tl.store(d_sum_ptr + offsets, d_sum.to(d_sum_ptr.dtype.element_ty), mask=mask)
+            if key_ptr is not None:
+                keep = keep_tile(tl.load(key_ptr), threshold, first_slot + rows, first_column, 0, BLOCK)
+                # From here on d_sum is d_x: the bias was added before the dropout.
+                d_sum = tl.where(keep, d_sum * scale, 0.0)
+                tl.store(d_x_ptr + offsets, d_sum.to(d_x_ptr.dtype.element_ty), mask=mask)
+            if BIAS:
+                new_d_x_bias = new_d_x_bias + (d_x_bias[chunk] + tl.sum(d_sum, axis=0),)
         if BIAS:
-            d_x_bias += tl.sum(d_sum, axis=0)
+            d_x_bias = new_d_x_bias
 
     # [programs, NUM_SUMS, F], in the order that `run_backward` promises.
     NUM_SUMS: tl.constexpr = (2 if d_y_ptr is not None else 0) + (1 if BIAS else 0)
-    out_ptr = partials_ptr + tl.program_id(0) * NUM_SUMS * NUM_FEATURES + columns
-    if d_y_ptr is not None:
-        tl.store(out_ptr, d_weight, mask=in_features)
-        tl.store(out_ptr + NUM_FEATURES, d_bias, mask=in_features)
-        out_ptr += 2 * NUM_FEATURES
-    if BIAS:
-        tl.store(out_ptr, d_x_bias, mask=in_features)
+    for chunk in tl.static_range(CHUNKS):
+        _, columns, in_features = _columns(part, chunk, NUM_FEATURES, CHUNKS, BLOCK)
+        out_ptr = partials_ptr + tl.program_id(0) * NUM_SUMS * NUM_FEATURES + columns
+        if d_y_ptr is not None:
+            tl.store(out_ptr, d_weight[chunk], mask=in_features)
+            tl.store(out_ptr + NUM_FEATURES, d_bias[chunk], mask=in_features)
+            out_ptr += 2 * NUM_FEATURES
+        if BIAS:
+            tl.store(out_ptr, d_x_bias[chunk], mask=in_features)
 
 
-Tile = tuple[int, int, int, int, int]
-"""Rows per step, warps, programs per multiprocessor, steps loaded ahead, parts of a row."""
+class Tile(NamedTuple):
+    """The sizes of a launch."""
+
+    rows: int
+    """Rows per step."""
+    num_warps: int
+    programs: int
+    """Per multiprocessor."""
+    num_stages: int
+    """Steps loaded ahead."""
+    block: int
+    """Columns of a chunk."""
+    chunks: int
+    """Of a part."""
+    parts: int
+    """Of a row."""
 
 
 def backward_tile(num_features: int, element_size: int) -> Tile:
-    """The sizes for a width, measured on an H100; beyond 8,192 features with 9,216 and 12,288 only.
+    """The sizes for a width, measured on an H100 with the widths of OPT.
 
     More warps than a row feeds with 16-byte loads would share columns and have to exchange their sums at
-    every step. Rows are loaded ahead while three stages of three tensors fit shared memory. Parts of 4,096
-    columns take 195 registers at most, none spilled, where an uncut row of 12,288 spills 432 bytes a thread.
+    every step. Rows are loaded ahead while three stages of three tensors fit shared memory. At OPT's widths no
+    register of a 16-bit kernel is spilled.
     """
-    if num_features > 8192:
-        return 1, 8, 1, 3 if element_size == 2 else 2, triton.cdiv(num_features, 4096)
-    # Rows of a step share 16 KiB of one tensor, four rows at most; see above for the rest.
-    block = triton.next_power_of_2(num_features)
-    row_bytes = block * element_size
+    if num_features > 4096:
+        # 2,048 columns are a 16-byte load of each of 8 warps. 9,216 are five of those and spill, or nine halves.
+        block, parts = (1024, 1) if 8192 < num_features <= 9216 else (2048, triton.cdiv(num_features, 9216))
+        chunks = triton.cdiv(num_features, parts * block)
+        return Tile(1, 8, 1, 3 if element_size == 2 else 1, block, chunks, parts)
+    # Rows of a step share 16 KiB of one tensor, four rows at most; see above for the rest. At least four
+    # columns: `keep_tile` draws so many words at a time.
+    block = max(4, triton.next_power_of_2(num_features))
     num_warps = min(max(block // 256, 1), 8)
-    return max(1, min(16384 // row_bytes, 4)), num_warps, 8 // num_warps, 3 if row_bytes <= 16384 else 1, 1
+    rows = max(1, min(16384 // (block * element_size), 4))
+    return Tile(rows, num_warps, 8 // num_warps, 3, block, 1, 1)
 
 
 def run_backward(
@@ -194,19 +242,18 @@ def run_backward(
     d_sum_TF = torch.empty_like(like_TF) if normed is not None else like_TF
     d_x_TF = torch.empty_like(like_TF) if dropout is not None else d_sum_TF
     num_sums = (2 if normed is not None else 0) + has_bias
-    rows_per_step, num_warps, programs_per_multiprocessor, num_stages, num_parts = tile
     # One even without rows, whose zeros `column_sum` reads; no more than run at once.
     num_programs = max(
         1,
         min(
-            triton.cdiv(num_rows, rows_per_step),
-            programs_per_multiprocessor * num_multiprocessors(like_TF.device) // num_parts,
+            triton.cdiv(num_rows, tile.rows),
+            tile.programs * num_multiprocessors(like_TF.device) // tile.parts,
         ),
     )
     partials_PKF = torch.empty(
         num_programs, num_sums, num_features, dtype=torch.float32, device=like_TF.device
     )
-    _backward[(num_programs, num_parts)](
+    _backward[(num_programs, tile.parts)](
         d_y_TF,
         normed_TF,
         mean_T,
@@ -223,11 +270,12 @@ def run_backward(
         dropout.scale if dropout is not None else 1.0,
         BIAS=has_bias,
         NUM_FEATURES=num_features,
-        ROWS=rows_per_step,
-        BLOCK=max(4, triton.next_power_of_2(_width(num_features, num_parts))),
-        STAGES=num_stages,
-        PARTS=num_parts,
-        num_warps=num_warps,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        STAGES=tile.num_stages,
+        CHUNKS=tile.chunks,
+        PARTS=tile.parts,
+        num_warps=tile.num_warps,
         # g - mean(g) cancels only if both see the same g: no product may hide unrounded in a sum.
         enable_fp_fusion=False,
     )

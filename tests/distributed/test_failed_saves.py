@@ -21,6 +21,8 @@ from megatron_iml.config import CheckpointConfig
 
 def until_something_is_said(store: CheckpointStore) -> str:
     """What training would print, a step or so later."""
+    # As a step does: on a GPU the process that writes waits for this.
+    store.before_update()
     while not (said := store.poll()):
         pass
     return "\n".join(said)

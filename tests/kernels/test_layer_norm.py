@@ -23,13 +23,13 @@ from megatron_iml.kernels.testing import assert_op_within_budget, run_op
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-# One element, fewer features than a Philox group, a power of two, odd sizes, the width of OPT-125M, and rows
-# that the backward cuts into parts, the last of them shorter. 150 rows are more than the backward's programs
-# have at a time.
-SHAPES = [(1, 1), (3, 3), (4, 64), (7, 131), (150, 20), (2, 768), (3, 8203)]
+# One element, fewer features than a Philox group, a power of two, odd sizes, the width of OPT-125M; rows that
+# the backward cuts into chunks, the last of them shorter, and into parts, one of which has a chunk without a
+# column. 150 rows are more than the backward's programs have at a time.
+SHAPES = [(1, 1), (3, 3), (4, 64), (7, 131), (150, 20), (2, 768), (2, 4099), (3, 8203), (3, 9301)]
 # The widths of real models, more rows than programs, the widest row.
-GPU_SHAPES = [(1, 2048), (515, 2048), (1031, 4096), (33, 7168), (300, 9216), (300, 12288), (5, 16384)]
-GPU_SHAPES += [(40000, 130)]
+GPU_SHAPES = [(1, 2048), (515, 2048), (130, 2560), (1031, 4096), (140, 5120), (33, 7168), (300, 9216)]
+GPU_SHAPES += [(300, 12288), (5, 16384), (40000, 130)]
 SHAPES += [pytest.param(*shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
 EPS = 1e-5
 KEY = dropout_key(1234, row=7, layer=3, place="attention_output")
