@@ -37,6 +37,8 @@ from megatron_iml.kernels.layer_norm import (
     bias_dropout_add_reference,
     layer_norm,
     layer_norm_reference,
+    layer_norm_residual,
+    layer_norm_residual_reference,
 )
 from megatron_iml.kernels.philox import key_tensor
 from megatron_iml.kernels.target_loss import target_loss, target_loss_reference
@@ -178,6 +180,20 @@ def elementwise_cases(features: int) -> Iterator[Case]:
         [matrix().detach()],
         forward_passes=2,
         backward_passes=3,
+    )
+    yield Case(
+        "layer_norm_residual",
+        features,
+        functools.partial(layer_norm_residual, eps=EPS),
+        lambda x_TF, weight_F, bias_F: (
+            torch_layer_norm(x_TF, weight_F.shape, weight_F, bias_F, EPS),
+            x_TF.view_as(x_TF),
+        ),
+        functools.partial(layer_norm_residual_reference, eps=EPS),
+        {"x_TF": matrix()} | affine,
+        [matrix().detach(), matrix().detach()],
+        forward_passes=2,
+        backward_passes=4,
     )
     # The residual is the largest of the sums, as deep in a trained model.
     inputs = {"x_TF": matrix(), "x_bias_F": vector(), "residual_TF": matrix(scale=3.0)} | affine

@@ -11,10 +11,10 @@ writes them once, [program, sum, feature]; `column_sum` adds the programs up. Wi
 itself and is not written twice; without the norm d_sum is what came in.
 
 A tensor of Triton has a power of two of columns, and a row has not: beyond 4,096 features it is cut into
-chunks, each a tensor of its own in a tuple, so that few lanes are idle. Three sums of more than 9,216 features
-do not fit the registers of a program. Such rows are cut into parts as well: a program owns the chunks of one,
-and of the other it reads what the two means need; both run at the same time, so what one has fetched the
-other finds in the L2 cache.
+chunks, each a tensor of its own in a tuple, so that few lanes are idle. Three sums of more than 9,216
+features do not fit the registers of a program. Such rows are cut into parts as well: a program owns the
+chunks of one, and of the other it reads what the two means need; both run at the same time, so what one has
+fetched the other finds in the L2 cache.
 """
 
 from typing import NamedTuple
@@ -69,8 +69,8 @@ def _norm(
     NUM_FEATURES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The sums d_weight and d_bias with these rows in them, and rstd * (g - mean(g) - xhat * mean(g * xhat)) of
-    the part's own chunks."""
+    """The sums d_weight and d_bias with these rows in them, and of the part's own chunks
+    rstd * (g - mean(g) - xhat * mean(g * xhat)). Tuples of chunks."""
     mean = tl.load(mean_ptr + rows, mask=in_rows, other=0.0)  # [ROWS]
     rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)
     # Chunks are added up feature by feature first: summing a tile has all warps wait for one another.
@@ -196,11 +196,12 @@ def backward_tile(num_features: int, element_size: int) -> Tile:
     """The sizes for a width, measured on an H100 with the widths of OPT.
 
     More warps than a row feeds with 16-byte loads would share columns and have to exchange their sums at
-    every step. Rows are loaded ahead while three stages of three tensors fit shared memory. At OPT's widths no
-    register of a 16-bit kernel is spilled.
+    every step. Rows are loaded ahead while three stages of three tensors fit shared memory. At OPT's widths
+    no register of a 16-bit kernel is spilled.
     """
     if num_features > 4096:
-        # 2,048 columns are a 16-byte load of each of 8 warps. 9,216 are five of those and spill, or nine halves.
+        # 2,048 columns are a 16-byte load of each of 8 warps. 9,216 are five of those, which spill, or nine
+        # of half the width.
         block, parts = (1024, 1) if 8192 < num_features <= 9216 else (2048, triton.cdiv(num_features, 9216))
         chunks = triton.cdiv(num_features, parts * block)
         return Tile(1, 8, 1, 3 if element_size == 2 else 1, block, chunks, parts)

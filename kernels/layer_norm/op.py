@@ -1,13 +1,15 @@
 """LayerNorm ops with their checks and gradients. See `reference.py` for the formulas, in plain torch.
 
     y = layer_norm(x, weight, bias, 1e-5)
+    y, x = layer_norm_residual(x, weight, bias, 1e-5)
     y, residual = add_layer_norm(x, x_bias, residual, weight, bias, 1e-5, 0.1, key, first_slot)
     residual = bias_dropout_add(x, x_bias, residual, 0.1, key, first_slot)
 
 A pre-norm layer needs the sum twice: normalised, and as the next residual; `add_layer_norm` makes both in one
-pass over memory. Kept for the backward: the sum, which the next layer holds anyway, and mean and rstd of each
-row; `bias_dropout_add` keeps nothing. Masks are drawn again from the key. All run under torch.compile: the
-launches are operators of torch (`opaque.py`), the rest it traces.
+pass over memory. Where the sum is there already, `layer_norm_residual` hands it on: so its two gradients meet
+in the norm's backward, and need no pass to be added. Kept for the backward: the sum, which the next layer
+holds anyway, and mean and rstd of each row; `bias_dropout_add` keeps nothing. Masks are drawn again from the
+key. All run under torch.compile: the launches are operators of torch (`opaque.py`), the rest it traces.
 
 Shapes: T slots (any leading dimensions), F features.
 """
@@ -35,9 +37,13 @@ def layer_norm(x_TF: Tensor, weight_F: Tensor, bias_F: Tensor, eps: float) -> Te
     Raises:
         ValueError: shapes, types or devices that do not go together.
     """
+    return layer_norm_residual(x_TF, weight_F, bias_F, eps)[0]
+
+
+def layer_norm_residual(x_TF: Tensor, weight_F: Tensor, bias_F: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(`layer_norm` of x, x itself for the residual path). Arguments and errors as there."""
     _check("layer_norm", x_TF, {}, {"weight": weight_F, "bias": bias_F})
-    y_TF, _ = _AddLayerNorm.apply(x_TF, None, None, weight_F, bias_F, eps, 0.0, None, 0)
-    return y_TF
+    return _AddLayerNorm.apply(x_TF, None, None, weight_F, bias_F, eps, 0.0, None, 0)
 
 
 def add_layer_norm(
@@ -207,7 +213,7 @@ def _without_gaps(gradient_TF: Tensor | None) -> Tensor | None:
 
 
 class _AddLayerNorm(torch.autograd.Function):
-    """All three ops: what is None is absent."""
+    """All four ops: what is None is absent."""
 
     @staticmethod
     def forward(
@@ -223,11 +229,14 @@ class _AddLayerNorm(torch.autograd.Function):
         first_slot: int,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(the norm, the new residual); keeps the normed input and its statistics, never a dropout mask."""
+        # A result that nobody used has None for a gradient, not zeros that the kernel would read.
+        ctx.set_materialize_grads(False)
         # A mask of nothing dropped is not drawn.
         key = key if probability > 0.0 else None
         adds = x_bias_F is not None or residual_TF is not None or key is not None
         results = _forward(x_TF, x_bias_F, residual_TF, weight_F, bias_F, eps, probability, key, first_slot)
-        new_residual_TF = results[0] if adds else None
+        # x itself where nothing is added: torch makes an alias of it.
+        new_residual_TF = results[0] if adds else x_TF
         y_TF = None
         if weight_F is not None:
             y_TF, mean_T, rstd_T = results[-3:]
@@ -244,6 +253,9 @@ class _AddLayerNorm(torch.autograd.Function):
         """Gradients in the order of `forward`'s arguments; the dropout mask is drawn again from its key."""
         key, *normed = ctx.saved_tensors
         d_y_TF, d_new_residual_TF = _without_gaps(d_y), _without_gaps(d_new_residual)
+        if d_y_TF is None:
+            # Nobody used the norm, or there is none.
+            normed = []
         has_bias = ctx.has_bias
         results = _backward(
             d_y_TF, d_new_residual_TF, *(normed or [None] * 4), has_bias, ctx.probability, key, ctx.first_slot

@@ -23,6 +23,13 @@ def layer_norm_reference(x_TF: Tensor, weight_F: Tensor, bias_F: Tensor, eps: fl
     return torch_layer_norm(x_TF.to(precision), weight_F.shape, weight_F, bias_F, eps).to(x_TF.dtype)
 
 
+def layer_norm_residual_reference(
+    x_TF: Tensor, weight_F: Tensor, bias_F: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The same and x itself; see `op.layer_norm_residual`."""
+    return layer_norm_reference(x_TF, weight_F, bias_F, eps), x_TF
+
+
 def bias_dropout_add_reference(
     x_TF: Tensor,
     x_bias_F: Tensor | None,

@@ -50,6 +50,14 @@ class LayerNorm(torch.nn.Module):
         return self.ops.layer_norm(hidden_T1F, self.weight, self.bias, self.eps)
 
 
+class ResidualLayerNorm(LayerNorm):
+    """Hands on what it normalises, so that its gradient and the residual's are added in one pass."""
+
+    def forward(self, hidden_T1F: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return the norm and the hidden states, both [T, 1, F]."""
+        return self.ops.layer_norm_residual(hidden_T1F, self.weight, self.bias, self.eps)
+
+
 class AddLayerNorm(LayerNorm):
     """Adds a sub-layer's bias, dropout and residual, and normalises the sum, in one pass."""
 
@@ -163,7 +171,7 @@ class OPTLayer(MegatronModule, BaseTransformerLayer):
         self.chunk_index = layer_number - 1
         self.plan, self.ops, self.tp_group = plan, ops, pg_collection.tp
         hidden_size, eps = config.hidden_size, config.layernorm_epsilon
-        self.input_layernorm = LayerNorm(config, hidden_size, eps, ops)
+        self.input_layernorm = ResidualLayerNorm(config, hidden_size, eps, ops)
         self.self_attention = SelfAttention(
             config, self.chunk_index, plan, selective_recompute, ops, pg_collection.tp
         )
@@ -176,7 +184,8 @@ class OPTLayer(MegatronModule, BaseTransformerLayer):
         """Run the layer on [T, 1, F]. TransformerBlock passes further arguments that are all None for OPT."""
         context, slots = packed_seq_params, hidden_states.shape[0]
         # Biases and residuals wait for the next pass over [T, 1, F] instead of making passes of their own.
-        attention, bias = self.self_attention(self.input_layernorm(hidden_states), context)
+        normed, hidden_states = self.input_layernorm(hidden_states)
+        attention, bias = self.self_attention(normed, context)
         dropout = self._dropout(context, "attention_output", slots)
         normed, hidden_states = self.pre_mlp_layernorm(attention, bias, hidden_states, *dropout)
         feed_forward, bias = self.mlp(normed)

@@ -1,7 +1,7 @@
 """The operations of `kernels/` that OPT is made of, by Triton or by their plain references.
 
 What enters: `model.kernel_backend`, and `model.attention_backend` where attention is to come from elsewhere.
-What leaves: an `Ops`, six functions of one signature each whichever backend stands behind them, so that the
+What leaves: an `Ops`, seven functions of one signature each whichever backend stands behind them, so that the
 model has one path. The choice is explicit and nothing falls back: `triton` without a GPU is an error, and so
 is `flash` without flash-attn.
 
@@ -31,6 +31,8 @@ from megatron_iml.kernels.layer_norm import (
     bias_dropout_add_reference,
     layer_norm,
     layer_norm_reference,
+    layer_norm_residual,
+    layer_norm_residual_reference,
 )
 from megatron_iml.kernels.target_loss import target_loss, target_loss_reference
 
@@ -41,6 +43,7 @@ class Ops:
 
     document_attention: Callable[..., Tensor]
     layer_norm: Callable[..., Tensor]
+    layer_norm_residual: Callable[..., tuple[Tensor, Tensor]]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     bias_dropout_add: Callable[..., Tensor]
     relu_gradient: Callable[..., Tensor]
@@ -50,6 +53,7 @@ class Ops:
 REFERENCE = Ops(
     document_attention=document_attention_reference,
     layer_norm=layer_norm_reference,
+    layer_norm_residual=layer_norm_residual_reference,
     add_layer_norm=add_layer_norm_reference,
     bias_dropout_add=bias_dropout_add_reference,
     relu_gradient=relu_gradient_reference,
@@ -58,6 +62,7 @@ REFERENCE = Ops(
 TRITON = Ops(
     document_attention=document_attention,
     layer_norm=layer_norm,
+    layer_norm_residual=layer_norm_residual,
     add_layer_norm=add_layer_norm,
     bias_dropout_add=bias_dropout_add,
     relu_gradient=relu_gradient,
@@ -68,6 +73,7 @@ TRITON = Ops(
 SHAPES = Ops(
     document_attention=lambda qkv_TN3D, bounds, **unused: qkv_TN3D[:, :, 0],
     layer_norm=lambda hidden_T1F, weight_F, bias_F, eps: hidden_T1F,
+    layer_norm_residual=lambda hidden_T1F, weight_F, bias_F, eps: (hidden_T1F, hidden_T1F),
     add_layer_norm=lambda update_T1F, bias_F, residual_T1F, *unused: (update_T1F, residual_T1F),
     bias_dropout_add=lambda update_T1F, bias_F, residual_T1F, *unused: update_T1F,
     relu_gradient=lambda hidden_T1F, bias_F: hidden_T1F,

@@ -49,7 +49,8 @@ class MicroBatch:
         return self.target_rows_M.numel()
 
 
-def _send(array: np.ndarray, device: torch.device) -> Tensor:
+def send(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device, behind what is queued there; the host does not wait."""
     tensor = torch.from_numpy(array)
     # From pageable memory a copy waits for everything that is queued on the device before it.
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
@@ -57,7 +58,7 @@ def _send(array: np.ndarray, device: torch.device) -> Tensor:
 
 def _index(array: np.ndarray, device: torch.device) -> Tensor:
     # A copy, since the array may be a view of a mapped file; int64 is what embedding and index_select take.
-    return _send(array.astype(np.int64), device)
+    return send(array.astype(np.int64), device)
 
 
 def to_device(source: Row | RowLayout, device: torch.device) -> MicroBatch:

@@ -1,21 +1,24 @@
 """What ranks tell one another once a step: one all_gather of eight numbers a rank, read once.
 
-    reports = share(engine, losses, rows)            # the same tuple of RankReport on every rank, checked
+    told = tell(engine, losses, rows)                # queued on the device, behind the backward
+    reports = hear(told, rows, engine.config)        # the same tuple of RankReport on every rank, checked
     sum(report.loss_sum for report in reports)       # in the order of ranks: the same bits everywhere
 
-Everything that needs all ranks in a step travels here, so that the host waits for the device once: the loss,
-the target count, digests of the rows that were read, a wish to stop, and how fast and full each rank is.
+Everything that needs all ranks in a step travels here: the loss, the target count, digests of the rows that
+were read, a wish to stop, and how fast and full each rank is. Between the two calls the host waits for the
+gradient's norm, and what was told is there when it is: the device waits for the host once.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_iml.config import Config, place_of_rank
-from megatron_iml.parallel.groups import Layout
+from megatron_iml.model.row import send
 
 from .agree import disagreement
 from .engine import Engine
@@ -42,13 +45,15 @@ class RankReport(NamedTuple):
     """The most that tensors have taken in the run so far: nothing resets it. 0 on the CPU."""
 
 
-def share(
-    engine: Engine, losses: list[Tensor], rows: StepRows, stop_requested: bool = False
-) -> tuple[RankReport, ...]:
-    """Tell all ranks what this one did with its rows; checked, and the same on every rank."""
+def tell(engine: Engine, losses: list[Tensor], rows: StepRows, stop_requested: bool = False) -> Tensor:
+    """Tell all ranks what this one did with its rows.
+
+    Returns:
+        Every rank's report, fp64 [ranks, fields], on the device; to be read by `hear`.
+    """
     # Every rank calls it as often as the others, with rows or without: it is a collective of the whole world.
     layout = engine.layout
-    # fp64: a batch has up to 10^6 targets. Summed on the device, read with everything else.
+    # fp64: a batch has up to 10^6 targets. Summed on the device: reading it here would wait for the backward.
     loss_sum = torch.zeros((), dtype=torch.float64, device=layout.device)
     # One tensor rank of a last stage speaks for its row.
     counted = losses if layout.is_last_stage and layout.tensor_rank == 0 else []
@@ -64,20 +69,19 @@ def share(
         forward_seconds=engine.timer.take(),
         peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
     )
-    reports = exchange(report, loss_sum, layout)
-    check_reports(reports, rows, engine.config)
-    return reports
-
-
-def exchange(report: RankReport, loss_sum: Tensor, layout: Layout) -> tuple[RankReport, ...]:
-    """Every rank's report, by rank. `loss_sum`, a scalar on the device, stands in for the report's own."""
-    # The loss joins on the device: reading it first would make the host wait twice.
-    numbers = torch.tensor(report, dtype=torch.float64).to(layout.device, non_blocking=True)
+    numbers = send(np.array(report, dtype=np.float64), layout.device)
     numbers[RankReport._fields.index("loss_sum")] = loss_sum
-    gathered = numbers.new_empty(layout.world_size * len(report))
+    gathered = numbers.new_empty(layout.world_size, len(report))
     # Not a reduction: who differs is to be named, and sums of floats are to be the same bits everywhere.
-    dist.all_gather_into_tensor(gathered, numbers)
-    return tuple(RankReport(*row) for row in gathered.view(layout.world_size, -1).tolist())
+    dist.all_gather_into_tensor(gathered.view(-1), numbers)
+    return gathered
+
+
+def hear(told: Tensor, rows: StepRows, config: Config) -> tuple[RankReport, ...]:
+    """Every rank's report, by rank; checked, so that all ranks raise if one has not run the plan's rows."""
+    reports = tuple(RankReport(*row) for row in told.tolist())
+    check_reports(reports, rows, config)
+    return reports
 
 
 def check_reports(reports: Sequence[RankReport], rows: StepRows, config: Config) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from .engine import Engine
 from .optimizer import scale_gradients
-from .reports import RankReport, share
+from .reports import RankReport, hear, tell
 from .rows import StepRows
 
 
@@ -48,14 +48,16 @@ def train_step(
     engine.zero_gradients()
     # Leaves each data rank its slice of the gradients, summed over micro-batches and replicas.
     losses = engine.run(rows.micro_batches(engine.layout), len(rows.rows), forward_only=False)
+    # Queued before the host waits for the norm, so that it is there when the norm is.
+    told = tell(engine, losses, rows, stop_requested)
     optimizer = engine.optimizer
     # Gives master weights their slices; fp16's are divided by the loss scale, which adapts to what is found.
     overflowed = optimizer.prepare_grads()
     # Over the whole world, with every weight once; the host waits for the device here. Gradients are sums
-    # until the update divides them: the plan knows by what, and `share` compares it with what was seen.
+    # until the update divides them: the plan knows by what, and `hear` compares it with what was seen.
     grad_norm = math.nan if overflowed else float(optimizer.get_grad_norm()) / max(rows.num_targets, 1)
     # Before the update: weights that saw wrong rows are not worth saving, nor those made of NaN.
-    reports = share(engine, losses, rows, stop_requested)
+    reports = hear(told, rows, engine.config)
     loss = mean_loss(reports)
     # fp16 skips a step that overflows and goes on with a lower scale. Every rank holds these numbers, so that
     # all raise or none does.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from megatron_iml.data.rows.loader import Loader
 
 from .engine import Engine
-from .reports import share
+from .reports import hear, tell
 from .rows import step_rows
 from .step import mean_loss
 
@@ -24,5 +24,5 @@ def validation_losses(engine: Engine, loaders: Mapping[str, Loader]) -> dict[str
         # Weights that are still being gathered are waited for by the modules that use them, as in training.
         per_row = engine.run(rows.micro_batches(engine.layout), len(rows.rows), forward_only=True)
         # Also takes the forward times out of the timer, which the next step would report as its own.
-        losses[level] = mean_loss(share(engine, per_row, rows))
+        losses[level] = mean_loss(hear(tell(engine, per_row, rows), rows, engine.config))
     return losses

@@ -17,6 +17,8 @@ from megatron_iml.kernels.layer_norm import (
     bias_dropout_add_reference,
     layer_norm,
     layer_norm_reference,
+    layer_norm_residual,
+    layer_norm_residual_reference,
 )
 from megatron_iml.kernels.philox import dropout_key, keep_mask, key_tensor
 from megatron_iml.kernels.testing import assert_op_within_budget, run_op
@@ -105,6 +107,44 @@ def test_layer_norm(dtype: torch.dtype, rows: int, features: int) -> None:
         inputs,
         upstream(rows, features, dtype)[:1],
     )
+
+
+@pytest.mark.parametrize(("rows", "features"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_residual(dtype: torch.dtype, rows: int, features: int) -> None:
+    inputs = draw(rows, features, dtype)
+    del inputs["x_bias_F"], inputs["residual_TF"]
+    assert_op_within_budget(
+        functools.partial(layer_norm_residual, eps=EPS),
+        lambda x_TF, weight_F, bias_F: (
+            torch_layer_norm(x_TF, weight_F.shape, weight_F, bias_F, EPS),
+            x_TF.view_as(x_TF),
+        ),
+        functools.partial(layer_norm_residual_reference, eps=EPS),
+        inputs,
+        upstream(rows, features, dtype),
+    )
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_of_two_results_may_be_left_unused(used: int) -> None:
+    inputs = draw(5, 40, torch.float32)
+    x_TF, weight_F, bias_F = (inputs[name] for name in ("x_TF", "weight_F", "bias_F"))
+    both = layer_norm_residual(x_TF, weight_F, bias_F, EPS), add_layer_norm(**inputs, eps=EPS)
+    expected = (
+        layer_norm_residual_reference(x_TF, weight_F, bias_F, EPS),
+        add_layer_norm_reference(**inputs, eps=EPS),
+    )
+    leaves = list(inputs.values())
+    for ours, theirs in zip(both, expected, strict=True):
+        one, other = (
+            torch.autograd.grad(results[used].square().sum(), leaves, allow_unused=True)
+            for results in (ours, theirs)
+        )
+        assert [gradient is None for gradient in one] == [gradient is None for gradient in other]
+        for got, wanted in zip(one, other, strict=True):
+            if wanted is not None:
+                assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("names", [("x_bias_F", "residual_TF"), ("residual_TF",), ("x_bias_F",), ()])
