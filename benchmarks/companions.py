@@ -25,27 +25,15 @@ from typing import Any
 
 import torch
 import triton
+from companion_cases import DTYPE, SLOTS, elementwise_cases, normal
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.nn.functional import layer_norm as torch_layer_norm
 from triton.testing import do_bench
 
-from megatron_iml.kernels.bias_relu import bias_relu, bias_relu_reference
-from megatron_iml.kernels.layer_norm import (
-    add_layer_norm,
-    add_layer_norm_reference,
-    bias_dropout_add_reference,
-    layer_norm,
-    layer_norm_reference,
-    layer_norm_residual,
-    layer_norm_residual_reference,
-)
-from megatron_iml.kernels.philox import key_tensor
 from megatron_iml.kernels.target_loss import target_loss, target_loss_reference
 from megatron_iml.kernels.testing import Op, assert_op_within_budget
 from megatron_iml.kernels.weight_gradient import accumulate_weight_gradient
 
-SLOTS = 16384
 WIDTHS = (768, 1024, 2048, 2560, 4096, 5120, 7168, 9216, 12288)
 """Of OPT-125M to OPT-175B."""
 LOSS_WIDTHS = (2048, 4096)
@@ -53,26 +41,6 @@ LOSS_WIDTHS = (2048, 4096)
 VOCABULARY = 50272
 TARGET_SHARE = 0.086
 """Targets per slot in the real mix."""
-EPS = 1e-5
-DROPOUT = 0.1
-DTYPE = torch.bfloat16
-KEY = 0x0123456789ABCDEF
-
-
-@dataclass(frozen=True)
-class Case:
-    """An elementwise op at one width. The op, torch's own and the truth take `inputs` as keywords."""
-
-    name: str
-    features: int
-    op: Op
-    torch_op: Op
-    reference: Op
-    inputs: dict[str, Tensor]
-    upstream: list[Tensor]
-    forward_passes: int
-    """Tensors of [slots, features] that the forward must read or write."""
-    backward_passes: int
 
 
 @dataclass(frozen=True)
@@ -97,11 +65,6 @@ class Timing:
     median: float
     p20: float
     p80: float
-
-
-def normal(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-    """Random bf16 numbers that need a gradient."""
-    return (torch.randn(*shape, device="cuda") * scale + shift).to(DTYPE).requires_grad_()
 
 
 def measure(prepare: Callable[[], Callable[[], Any]]) -> Timing:
@@ -141,102 +104,6 @@ def backward_only(
         return lambda: torch.autograd.grad(outputs, list(inputs.values()), upstream, retain_graph=True)
 
     return prepare
-
-
-def torch_add_layer_norm(
-    x_TF: Tensor, x_bias_F: Tensor, residual_TF: Tensor, weight_F: Tensor, bias_F: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Bias, addition and norm as torch runs them, one kernel each."""
-    new_residual_TF = residual_TF + (x_TF + x_bias_F)
-    return torch_layer_norm(new_residual_TF, weight_F.shape, weight_F, bias_F, EPS), new_residual_TF
-
-
-def torch_add_layer_norm_dropout(
-    keep_TF: Tensor,
-    x_TF: Tensor,
-    x_bias_F: Tensor,
-    residual_TF: Tensor,
-    weight_F: Tensor,
-    bias_F: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The same with a mask that is given: drawing it costs torch nothing here."""
-    new_residual_TF = torch.addcmul(residual_TF, x_TF + x_bias_F, keep_TF, value=1.0 / (1.0 - DROPOUT))
-    return torch_layer_norm(new_residual_TF, weight_F.shape, weight_F, bias_F, EPS), new_residual_TF
-
-
-def elementwise_cases(features: int) -> Iterator[Case]:
-    """The elementwise ops at one model width; bias_relu works on four times the width."""
-    matrix = functools.partial(normal, SLOTS, features)
-    vector = functools.partial(normal, features)
-    # Weights near 1 and biases near 0, as trained ones are; all equal would hide a wrong index.
-    affine = {"weight_F": vector(scale=0.2, shift=1.0), "bias_F": vector(scale=0.3)}
-    yield Case(
-        "layer_norm",
-        features,
-        lambda **inputs: (layer_norm(**inputs, eps=EPS),),
-        lambda x_TF, weight_F, bias_F: (torch_layer_norm(x_TF, weight_F.shape, weight_F, bias_F, EPS),),
-        lambda **inputs: (layer_norm_reference(**inputs, eps=EPS),),
-        {"x_TF": matrix()} | affine,
-        [matrix().detach()],
-        forward_passes=2,
-        backward_passes=3,
-    )
-    yield Case(
-        "layer_norm_residual",
-        features,
-        functools.partial(layer_norm_residual, eps=EPS),
-        lambda x_TF, weight_F, bias_F: (
-            torch_layer_norm(x_TF, weight_F.shape, weight_F, bias_F, EPS),
-            x_TF.view_as(x_TF),
-        ),
-        functools.partial(layer_norm_residual_reference, eps=EPS),
-        {"x_TF": matrix()} | affine,
-        [matrix().detach(), matrix().detach()],
-        forward_passes=2,
-        backward_passes=4,
-    )
-    # The residual is the largest of the sums, as deep in a trained model.
-    inputs = {"x_TF": matrix(), "x_bias_F": vector(), "residual_TF": matrix(scale=3.0)} | affine
-    upstream = [matrix().detach(), matrix().detach()]
-    yield Case(
-        "add_layer_norm",
-        features,
-        functools.partial(add_layer_norm, eps=EPS),
-        torch_add_layer_norm,
-        functools.partial(add_layer_norm_reference, eps=EPS),
-        inputs,
-        upstream,
-        forward_passes=4,
-        backward_passes=4,
-    )
-    dropout = {"dropout_probability": DROPOUT, "dropout_key": key_tensor(KEY, torch.device("cuda"))}
-    ones_TF = torch.ones_like(inputs["x_TF"], requires_grad=False)
-    # The op's own mask, so that torch's result is comparable: dropout of ones is 0 where it drops.
-    keep_TF = (bias_dropout_add_reference(ones_TF, None, None, **dropout) != 0).to(DTYPE)
-    yield Case(
-        "add_layer_norm, dropout 0.1",
-        features,
-        functools.partial(add_layer_norm, eps=EPS, **dropout),
-        functools.partial(torch_add_layer_norm_dropout, keep_TF),
-        functools.partial(add_layer_norm_reference, eps=EPS, **dropout),
-        inputs,
-        upstream,
-        forward_passes=4,
-        backward_passes=5,
-    )
-    # A generator keeps its locals: at 12,288 features these are 2 GB.
-    del inputs, upstream, keep_TF
-    yield Case(
-        "bias_relu",
-        4 * features,
-        lambda **inputs: (bias_relu(**inputs),),
-        lambda x_TF, bias_F: (torch.relu(x_TF + bias_F),),
-        lambda **inputs: (bias_relu_reference(**inputs),),
-        {"x_TF": normal(SLOTS, 4 * features), "bias_F": normal(4 * features)},
-        [normal(SLOTS, 4 * features).detach()],
-        forward_passes=2,
-        backward_passes=3,
-    )
 
 
 def copy_bandwidth() -> float:
