@@ -49,16 +49,15 @@ class MicroBatch:
         return self.target_rows_M.numel()
 
 
-def send(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on the device, behind what is queued there; the host does not wait."""
-    tensor = torch.from_numpy(array)
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, behind what is queued there; the host does not wait."""
     # From pageable memory a copy waits for everything that is queued on the device before it.
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _index(array: np.ndarray, device: torch.device) -> Tensor:
     # A copy, since the array may be a view of a mapped file; int64 is what embedding and index_select take.
-    return send(array.astype(np.int64), device)
+    return send(torch.from_numpy(array.astype(np.int64)), device)
 
 
 def to_device(source: Row | RowLayout, device: torch.device) -> MicroBatch:

@@ -12,7 +12,6 @@ gradient's norm, and what was told is there when it is: the device waits for the
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -69,7 +68,7 @@ def tell(engine: Engine, losses: list[Tensor], rows: StepRows, stop_requested: b
         forward_seconds=engine.timer.take(),
         peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
     )
-    numbers = send(np.array(report, dtype=np.float64), layout.device)
+    numbers = send(torch.tensor(report, dtype=torch.float64), layout.device)
     numbers[RankReport._fields.index("loss_sum")] = loss_sum
     gathered = numbers.new_empty(layout.world_size, len(report))
     # Not a reduction: who differs is to be named, and sums of floats are to be the same bits everywhere.

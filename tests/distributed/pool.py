@@ -10,6 +10,7 @@ does one job and ends. Processes are not used again: gloo's threads outlive thei
 has left, so that after a few jobs they would have the cores to themselves.
 """
 
+import faulthandler
 import importlib.util
 import multiprocessing
 import os
@@ -161,6 +162,8 @@ def run_in_world(connection: Connection, pickled_job: bytes) -> None:
     """A rank's life: join the world, run the function, leave the world, answer."""
     job: Job = pickle.loads(pickled_job)
     torch.set_num_threads(1)
+    # A rank that crashes in somebody's C++ says in which call.
+    faulthandler.enable()
     # Every rank would repeat what megatron-core says of missing optional packages.
     warnings.simplefilter("ignore")
     # Before anything asks for CUDA, which then answers for this process as the job needs it.
