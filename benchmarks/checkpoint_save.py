@@ -12,9 +12,9 @@ has no business being fast. With --gathered the same saves are taken with megatr
 gathers the state of all data ranks on each.
 
 Seconds, of the rank that took longest: `call`, what the save itself took of training; `lost`, wall time from
-the call until the checkpoint was complete, less what the steps taken in it had taken without a save, so
-everything a save costs; `percent_of_100_steps`, what that is of 100 plain steps. The list of plain steps
-is rank 0's. One save at a time is on the disk.
+the call until the checkpoint was complete, less what the steps taken in it had taken without a save (the
+faster of two tries each), so everything a save costs and a little more; `percent_of_100_steps`, what that is
+of 100 plain steps. The list of plain steps is rank 0's. One save at a time is on the disk.
 """
 
 import argparse

@@ -78,7 +78,7 @@ def torch_add_layer_norm_dropout(
 
 def elementwise_cases(features: int) -> Iterator[Case]:
     """The elementwise ops at one model width; bias_relu works on four times the width."""
-    # One at a time: at 12,288 features the tensors of a case are 2 GB.
+    # Made when asked for: at 12,288 features the tensors of a case are 2 GB.
     yield layer_norm_case(features)
     yield layer_norm_residual_case(features)
     yield add_layer_norm_case(features)

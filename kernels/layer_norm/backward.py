@@ -103,13 +103,13 @@ def _norm(
 
 @triton.jit(do_not_specialize=["first_slot", "threshold"])
 def _backward(
-    d_y_ptr,  # [T, F], or None without the norm, like the next five
+    d_y_ptr,  # [T, F], or None where there is no norm or nobody used it, like the next five
     normed_ptr,  # [T, F], what was normalised
     mean_ptr,  # fp32 [T]
     rstd_ptr,  # fp32 [T]
     weight_ptr,  # [F]
     d_sum_ptr,  # [T, F], written
-    d_new_residual_ptr,  # [T, F], or None when nothing was added: then the sum is the norm's input itself
+    d_new_residual_ptr,  # [T, F], or None when nobody used the sum but the norm
     d_x_ptr,  # [T, F], written; None without dropout
     key_ptr,  # int64 [], or None without dropout
     partials_ptr,  # fp32 [programs, K, F]: d_weight and d_bias if normed, d_x_bias if BIAS
@@ -224,8 +224,8 @@ def run_backward(
     """Launch the backward.
 
     Args:
-        d_y_TF: gradient of y, [..., features], contiguous; None without the norm.
-        d_new_residual_TF: likewise; None when nothing was added.
+        d_y_TF: gradient of y, [..., features], contiguous; None where there is no norm, or nobody used it.
+        d_new_residual_TF: likewise of what was normalised; None when nobody used that.
         normed: what was normalised, its mean and rstd, and the weight.
         has_bias: whether the column sum of d_x is wanted.
         tile: see `backward_tile`.

@@ -251,6 +251,9 @@ class _AddLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor | None, d_new_residual: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients in the order of `forward`'s arguments; the dropout mask is drawn again from its key."""
+        if d_y is None and d_new_residual is None:
+            # What came after had no gradient for either.
+            return (None,) * 9
         key, *normed = ctx.saved_tensors
         d_y_TF, d_new_residual_TF = _without_gaps(d_y), _without_gaps(d_new_residual)
         if d_y_TF is None:

@@ -5,8 +5,8 @@
     sum(report.loss_sum for report in reports)       # in the order of ranks: the same bits everywhere
 
 Everything that needs all ranks in a step travels here: the loss, the target count, digests of the rows that
-were read, a wish to stop, and how fast and full each rank is. Between the two calls the host waits for the
-gradient's norm, and what was told is there when it is: the device waits for the host once.
+were read, a wish to stop, and how fast and full each rank is. In a training step the host waits for the
+gradient's norm between the two calls, and what was told is there when the norm is.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class RankReport(NamedTuple):
 
 
 def tell(engine: Engine, losses: list[Tensor], rows: StepRows, stop_requested: bool = False) -> Tensor:
-    """Tell all ranks what this one did with its rows.
+    """Tell all ranks what this one did with its rows; waits for its forward, not for its backward.
 
     Returns:
         Every rank's report, fp64 [ranks, fields], on the device; to be read by `hear`.

@@ -42,7 +42,10 @@ class ForwardTimer:
         self.events.append(pair)
 
     def take(self) -> float:
-        """The seconds so far, and start again; waits for the last span, so ask when a step is through."""
+        """The seconds so far, and start again.
+
+        Waits for the last span: ask when all that follows it in a step is queued.
+        """
         if self.events:
             # The last of one stream: all earlier ones are through by then.
             self.events[-1][1].synchronize()

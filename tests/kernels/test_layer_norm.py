@@ -147,6 +147,24 @@ def test_one_of_two_results_may_be_left_unused(used: int) -> None:
                 assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_gradient_that_ends_behind_the_op_is_none() -> None:
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x_TF: Tensor) -> Tensor:
+            return x_TF.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *unused: Tensor) -> None:
+            return None
+
+    inputs = draw(2, 8, torch.float32)
+    y_TF, total_TF = add_layer_norm(**inputs, eps=EPS)
+    gradients = torch.autograd.grad(
+        Stop.apply(y_TF).sum() + Stop.apply(total_TF).sum(), list(inputs.values()), allow_unused=True
+    )
+    assert all(gradient is None for gradient in gradients)
+
+
 @pytest.mark.parametrize("names", [("x_bias_F", "residual_TF"), ("residual_TF",), ("x_bias_F",), ()])
 @pytest.mark.parametrize("probability", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES)
