@@ -83,7 +83,7 @@ def _norm(
             _, columns, in_features = _columns((part + step) % PARTS, chunk, NUM_FEATURES, CHUNKS, BLOCK)
             offsets, mask = _box(rows, in_rows, columns, in_features, NUM_FEATURES)
             # A row of one chunk has registers for the weight; else it comes from the L2 cache each time.
-            if CHUNKS > 1:
+            if CHUNKS * PARTS > 1:
                 weight = tl.load(weight_ptr + columns, mask=in_features, other=0.0).to(tl.float32)
             d_y, xhat, g = _terms(d_y_ptr, normed_ptr, weight, mean, rstd, offsets, mask)
             sum_g += g
@@ -129,7 +129,7 @@ def _backward(
     # Over all rows of the program: the registers that decide how wide a part may be.
     d_weight, d_bias, d_x_bias = _zeros(CHUNKS, BLOCK), _zeros(CHUNKS, BLOCK), _zeros(CHUNKS, BLOCK)
     weight = 0.0
-    if d_y_ptr is not None and CHUNKS == 1:
+    if d_y_ptr is not None and CHUNKS * PARTS == 1:
         _, columns, in_features = _columns(part, 0, NUM_FEATURES, CHUNKS, BLOCK)
         weight = tl.load(weight_ptr + columns, mask=in_features, other=0.0).to(tl.float32)
 
