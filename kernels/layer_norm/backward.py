@@ -186,8 +186,6 @@ class Tile(NamedTuple):
     """Steps loaded ahead."""
     block: int
     """Columns of a chunk."""
-    chunks: int
-    """Of a part."""
     parts: int
     """Of a row."""
 
@@ -203,14 +201,13 @@ def backward_tile(num_features: int, element_size: int) -> Tile:
         # 2,048 columns are a 16-byte load of each of 8 warps. 9,216 are five of those, which spill, or nine
         # of half the width.
         block, parts = (1024, 1) if 8192 < num_features <= 9216 else (2048, triton.cdiv(num_features, 9216))
-        chunks = triton.cdiv(num_features, parts * block)
-        return Tile(1, 8, 1, 3 if element_size == 2 else 1, block, chunks, parts)
+        return Tile(1, 8, 1, 3 if element_size == 2 else 1, block, parts)
     # Rows of a step share 16 KiB of one tensor, four rows at most; see above for the rest. At least four
     # columns: `keep_tile` draws so many words at a time.
     block = max(4, triton.next_power_of_2(num_features))
     num_warps = min(max(block // 256, 1), 8)
     rows = max(1, min(16384 // (block * element_size), 4))
-    return Tile(rows, num_warps, 8 // num_warps, 3, block, 1, 1)
+    return Tile(rows, num_warps, 8 // num_warps, 3, block, 1)
 
 
 def run_backward(
@@ -274,7 +271,7 @@ def run_backward(
         ROWS=tile.rows,
         BLOCK=tile.block,
         STAGES=tile.num_stages,
-        CHUNKS=tile.chunks,
+        CHUNKS=triton.cdiv(num_features, tile.parts * tile.block),
         PARTS=tile.parts,
         num_warps=tile.num_warps,
         # g - mean(g) cancels only if both see the same g: no product may hide unrounded in a sum.
